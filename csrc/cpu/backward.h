@@ -1,0 +1,359 @@
+// Backward pass of the recurrence of one direction over a range of batch rows, by one worker or
+// several in step.
+//
+// Steps run against the direction of the recurrence. A step takes dh = dy + dgates[next] w_hh in
+// registers, a tile of batch rows times a panel of hidden units, and goes straight on to the cell's
+// gradients. The dgates of a chunk of steps stay in scratch memory for the products that
+// gradients.h makes of them.
+#pragma once
+
+namespace lstm_cuda::LSTM_CPU_ISA {
+
+// Packed weights of one direction, shared by all workers: products along the 4H gates, and along P
+// for the projection.
+template <class M>
+struct BackwardWeights {
+  using Unit = typename M::Unit;
+  Panels<M> w_ih;        // depth units(4H), columns I
+  Panels<M> w_hh;        // depth units(4H), columns P
+  Panels<M> w_hr;        // depth units(P), columns H
+  bool w_ih_on_the_way;  // used by one chunk alone: packed panel by panel as it is needed
+
+  void reserve(Arena& arena, const LayerShape& s, bool need_dx, bool one_chunk) {
+    const auto panels = [&](int64_t depth, int64_t columns, bool keep) {
+      return Panels<M>{arena.take<Unit>(keep ? Panels<M>::size(units<M>(depth), columns) : 0),
+                       units<M>(depth), columns};
+    };
+    w_ih_on_the_way = one_chunk;
+    w_hh = panels(4 * s.H, s.P, true);
+    w_ih = panels(4 * s.H, need_dx ? s.I : 0, !one_chunk);
+    w_hr = panels(s.P, s.projected ? s.H : 0, true);
+  }
+
+  // Packs panel n of all count() panels of direction d.
+  int64_t count() const {
+    return w_hh.count() + w_hr.count() + (w_ih_on_the_way ? 0 : w_ih.count());
+  }
+  template <class S>
+  void pack(const LayerBackward& p, int64_t d, int64_t n) const {
+    if (n < w_hh.count())
+      return pack_rows(w_hh.panel(n), n, w_hh, static_cast<const S*>(p.w_hh[d]), 4 * p.shape.H);
+    n -= w_hh.count();
+    if (n < w_hr.count())
+      return pack_rows(w_hr.panel(n), n, w_hr, static_cast<const S*>(p.w_hr[d]), p.shape.P);
+    n -= w_hr.count();
+    pack_rows(w_ih.panel(n), n, w_ih, static_cast<const S*>(p.w_ih[d]), 4 * p.shape.H);
+  }
+
+  // Panel n of w_ih: the packed one, or one that is packed into `room` now.
+  template <class S>
+  const Unit* input_panel(const LayerBackward& p, int64_t d, int64_t n, Unit* room) const {
+    if (!w_ih_on_the_way) return w_ih.panel(n);
+    pack_rows(room, n, w_ih, static_cast<const S*>(p.w_ih[d]), 4 * p.shape.H);
+    return room;
+  }
+
+ private:
+  template <class S>
+  static void pack_rows(Unit* out, int64_t n, const Panels<M>& panels, const S* w, int64_t depth) {
+    const int64_t columns = panels.columns;
+    pack_panel<M>(out, n, panels.K, columns,
+                  [=](int64_t k) -> const S* { return k < depth ? w + k * columns : nullptr; });
+  }
+};
+
+// What the steps of one chunk leave for the products, of one direction and part: a slot for each
+// step and batch row.
+template <class M>
+struct ChunkGradients {
+  using Element = typename M::Element;
+  Element* dgates;  // [steps][rows][4H]
+  Element* dh;      // [steps][rows][stride_dh], with projection
+  Element* m;       // [steps][rows][H], with projection
+  int64_t d, b0, rows, steps, G, stride_dh, H;
+
+  ChunkGradients(const LayerShape& s, const CpuPlan& plan, int64_t d, int64_t part, int64_t steps,
+                 Arena& arena)
+      : d(d),
+        b0(plan.first_row(part, s.B)),
+        rows(plan.first_row(part + 1, s.B) - b0),
+        steps(steps) {
+    G = 4 * s.H;
+    H = s.H;
+    stride_dh = round_up(s.P, M::depth * kLanes<typename M::Compute>);
+    dgates = arena.take<Element>(steps * rows * G);
+    dh = s.projected ? arena.take<Element>(steps * rows * stride_dh) : nullptr;
+    m = s.projected ? arena.take<Element>(steps * rows * H) : nullptr;
+  }
+  // Step `index` in the order of the recurrence and row b of the part; a chunk starts at a multiple
+  // of its steps.
+  int64_t slot(int64_t index, int64_t b) const { return index % steps * rows + b; }
+  Element* dgates_at(int64_t slot) const { return dgates + slot * G; }
+  Element* dh_at(int64_t slot) const { return dh ? dh + slot * stride_dh : nullptr; }
+  Element* m_at(int64_t slot) const { return m ? m + slot * H : nullptr; }
+};
+
+template <class S, class M>
+class BackwardJob {
+  using T = typename M::Compute;
+  using Unit = typename M::Unit;
+  using Element = typename M::Element;
+  static constexpr int lanes = kLanes<T>;
+
+  struct Row {
+    const Unit* carry;  // dgates of the step after
+    const T *gates, *c, *c_prev;
+    const S *dy, *dh_n;  // null: zero
+    const T* dc_out;     // null: zero
+    const T* dc_next;    // gradient of c from the step after
+    T* dc;
+    Element *dgates, *dh, *m;
+  };
+
+ public:
+  // What each worker makes for itself on the way: the same for all that run a job in step.
+  struct Walk {
+    Row* row;  // active rows of the step
+    int64_t rows;
+    const Element** carry;  // [rows], dgates of the step after, or zeros
+    bool* fresh;            // [rows], no gradient of c comes from the step after
+  };
+
+  BackwardJob(const LayerBackward& p, const BackwardWeights<M>& w, const ChunkGradients<M>& chunk,
+              Arena& arena)
+      : p_(p),
+        s_(p.shape),
+        w_(w),
+        chunk_(chunk),
+        d_(chunk.d),
+        b0_(chunk.b0),
+        rows_(chunk.rows),
+        G_(4 * s_.H),
+        padded_(round_up(s_.H, lanes)),
+        schedule_(schedule_of(s_, d_, p.lengths, p.reset)) {
+    carried_ = arena.take<Element>(rows_ * G_);
+    dc_ = arena.take<T>(rows_ * padded_);
+    c0_ = p.c0 ? arena.take<T>(rows_ * s_.H) : nullptr;
+    zeros_ = arena.take<T>(std::max(G_, padded_));
+  }
+
+  Walk walk(Arena& arena) const {
+    return {arena.take<Row>(rows_), 0, arena.take<const Element*>(rows_), arena.take<bool>(rows_)};
+  }
+
+  void begin(Walk& walk) const {
+    for (int64_t b = 0; b < rows_; ++b) {
+      walk.carry[b] = zeros();
+      walk.fresh[b] = false;
+    }
+  }
+
+  void start() const {
+    std::memset(static_cast<void*>(zeros_), 0, sizeof(T) * std::max(G_, padded_));
+    for (int64_t b = 0; b < rows_; ++b) {
+      const int64_t at = d_ * s_.B + b0_ + b;
+      for (int64_t j = 0; j < padded_; j += lanes) {
+        const int left = lanes_left(j, s_.H, lanes);
+        store<T>(
+            dc_ + b * padded_ + j,
+            p_.dc_n ? load<T>(static_cast<const S*>(p_.dc_n) + at * s_.H + j, left) : Vec<T>{});
+        if (c0_)
+          store<T>(c0_ + b * s_.H + j, load<T>(static_cast<const S*>(p_.c0) + at * s_.H + j, left),
+                   left);
+      }
+    }
+  }
+
+  // The steps last-1 .. first of jobs that differ in their direction alone; walks[k] is this
+  // worker's for jobs[k].
+  static void run_chunk(BackwardJob* jobs, Walk* walks, int64_t count, int64_t first, int64_t last,
+                        Team::Worker& worker) {
+    const BackwardJob& any = jobs[0];
+    const int64_t outputs = any.w_.w_hh.count(),
+                  cells = any.s_.projected ? any.w_.w_hr.count() : outputs;
+    for (int64_t index = last - 1; index >= first; --index) {
+      for (int64_t k = 0; k < count; ++k) jobs[k].plan_step(walks[k], index);
+      if (any.s_.projected) {
+        worker.each(count * outputs, [&](int64_t item) {
+          jobs[item / outputs].output_gradient(walks[item / outputs], item % outputs);
+        });
+      }
+      worker.each(count * cells, [&](int64_t item) {
+        jobs[item / cells].step(walks[item / cells], item % cells);
+      });
+    }
+    worker.each(count, [&](int64_t k) { jobs[k].keep_carry(walks[k]); });
+    for (int64_t k = 0; k < count; ++k) jobs[k].follow_carry(walks[k]);
+  }
+
+  int64_t panels() const { return w_.w_hh.count(); }
+
+  // dh0 of panel n.
+  void finish_h(const Walk& walk, int64_t n) const {
+    const int64_t base = d_ * s_.B + b0_;
+    call_with_vectors(w_.w_hh.vectors(n), [&]<int N>() {
+      for_row_tiles(rows_, [&]<int R>(int64_t first) {
+        Vec<T> acc[R][N] = {};
+        const Unit* a[R];
+        for (int r = 0; r < R; ++r) a[r] = reinterpret_cast<const Unit*>(walk.carry[first + r]);
+        accumulate<M, R, N>(acc, a, w_.w_hh.panel(n), w_.w_hh.K);
+        for (int r = 0; r < R; ++r) {
+          const int64_t b = first + r;
+          const bool unused = schedule_.length(b0_ + b) == 0;  // h_n is h_0
+          for (int v = 0; v < N; ++v) {
+            const int64_t j = n * w_.w_hh.width + v * lanes, at = (base + b) * s_.P + j;
+            const int left = lanes_left(j, s_.P, lanes);
+            if (unused && p_.dh_n) acc[r][v] = load<T>(static_cast<const S*>(p_.dh_n) + at, left);
+            store<T>(static_cast<T*>(p_.dh0) + at, acc[r][v], left);
+          }
+        }
+      });
+    });
+  }
+
+  void finish_c(const Walk& walk) const {
+    for (int64_t b = 0; b < rows_; ++b) {
+      const T* dc = walk.fresh[b] ? zeros_ : dc_ + b * padded_;
+      std::memcpy(static_cast<T*>(p_.dc0) + (d_ * s_.B + b0_ + b) * s_.H, dc, sizeof(T) * s_.H);
+    }
+  }
+
+ private:
+  const Element* zeros() const { return reinterpret_cast<const Element*>(zeros_); }
+
+  // dgates of a row's latest step move out of the way of the next chunk.
+  void keep_carry(const Walk& walk) const {
+    for (int64_t b = 0; b < rows_; ++b) {
+      Element* kept = carried_ + b * G_;
+      if (walk.carry[b] != zeros() && walk.carry[b] != kept) {
+        std::memcpy(static_cast<void*>(kept), walk.carry[b], sizeof(Element) * G_);
+      }
+    }
+  }
+  void follow_carry(Walk& walk) const {
+    for (int64_t b = 0; b < rows_; ++b) {
+      if (walk.carry[b] != zeros()) walk.carry[b] = carried_ + b * G_;
+    }
+  }
+
+  void plan_step(Walk& walk, int64_t index) const {
+    const int64_t t = schedule_.time(index);
+    walk.rows = 0;
+    for (int64_t b = 0; b < rows_; ++b) {
+      const int64_t global = b0_ + b, slot = chunk_.slot(index, b);
+      if (!schedule_.active(t, global)) continue;
+      const int64_t at = (t * s_.B + global) * s_.D + d_, state = d_ * s_.B + global;
+      const int64_t previous = schedule_.previous(t, global);
+      const bool fresh = schedule_.fresh(t, global);
+      const bool last = schedule_.reversed ? t == 0 : t + 1 == schedule_.length(global);
+
+      Row& row = walk.row[walk.rows++];
+      row.carry = reinterpret_cast<const Unit*>(walk.carry[b]);
+      row.gates = static_cast<const T*>(p_.gates) + at * G_;
+      row.c = static_cast<const T*>(p_.c) + at * s_.H;
+      row.c_prev = zeros_;
+      if (!fresh && previous >= 0)
+        row.c_prev = static_cast<const T*>(p_.c) + ((previous * s_.B + global) * s_.D + d_) * s_.H;
+      if (!fresh && previous < 0 && c0_) row.c_prev = c0_ + b * s_.H;
+      row.dy = p_.dy ? static_cast<const S*>(p_.dy) + at * s_.P : nullptr;
+      row.dh_n = p_.dh_n && last ? static_cast<const S*>(p_.dh_n) + state * s_.P : nullptr;
+      row.dc_out = p_.dc ? static_cast<const T*>(p_.dc) + at * s_.H : nullptr;
+      row.dc = dc_ + b * padded_;
+      row.dc_next = walk.fresh[b] ? zeros_ : row.dc;
+      row.dgates = chunk_.dgates_at(slot);
+      row.dh = chunk_.dh_at(slot);
+      row.m = chunk_.m_at(slot);
+      walk.carry[b] = fresh ? zeros() : row.dgates;
+      walk.fresh[b] = fresh;
+    }
+  }
+
+  // The part of dh that comes from outside the recurrence.
+  LSTM_INLINE Vec<T> outer_gradient(const Row& row, int64_t j, int left) const {
+    Vec<T> dh{};
+    if (row.dy) dh = load<T>(row.dy + j, left);
+    if (row.dh_n) dh += load<T>(row.dh_n + j, left);
+    return dh;
+  }
+
+  // With projection: dh, panel n of it, kept for dw_hr.
+  void output_gradient(const Walk& walk, int64_t n) const {
+    multiply(
+        walk, w_.w_hh, n, true, [](const Row& row) { return row.carry; },
+        [](const Row& row, int64_t j, const Vec<T>& dh) { store<T>(row.dh + j, dh); });
+  }
+
+  // dm, panel n of it, and the cell's gradients.
+  void step(const Walk& walk, int64_t n) const {
+    const auto cell = [this](const Row& row, int64_t j, const Vec<T>& dm) {
+      this->cell(row, j, dm);
+    };
+    if (s_.projected) {
+      multiply(
+          walk, w_.w_hr, n, false,
+          [](const Row& row) { return reinterpret_cast<const Unit*>(row.dh); }, cell);
+    } else {
+      multiply(walk, w_.w_hh, n, true, [](const Row& row) { return row.carry; }, cell);
+    }
+  }
+
+  // use(row, column, sum): operand(row) times panel n, plus the gradient from outside where
+  // `outer`.
+  template <class Operand, class Use>
+  LSTM_INLINE void multiply(const Walk& walk, const Panels<M>& panels, int64_t n, bool outer,
+                            Operand operand, Use use) const {
+    call_with_vectors(panels.vectors(n), [&]<int N>() {
+      for_row_tiles(walk.rows, [&]<int R>(int64_t first) {
+        const Row* const row = walk.row + first;
+        Vec<T> acc[R][N];
+        const Unit* a[R];
+        for (int r = 0; r < R; ++r) {
+          a[r] = operand(row[r]);
+          for (int v = 0; v < N; ++v) {
+            const int64_t j = n * panels.width + v * lanes;
+            acc[r][v] =
+                outer ? outer_gradient(row[r], j, lanes_left(j, panels.columns, lanes)) : Vec<T>{};
+          }
+        }
+        accumulate<M, R, N>(acc, a, panels.panel(n), panels.K);
+        for (int r = 0; r < R; ++r) {
+          for (int v = 0; v < N; ++v) use(row[r], n * panels.width + v * lanes, acc[r][v]);
+        }
+      });
+    });
+  }
+
+  LSTM_INLINE void cell(const Row& row, int64_t j, const Vec<T>& dm) const {
+    const int64_t H = s_.H;
+    const int left = lanes_left(j, H, lanes);
+    Cell<Vec<T>> cell{load<T>(row.gates + j, left),
+                      load<T>(row.gates + H + j, left),
+                      load<T>(row.gates + 2 * H + j, left),
+                      load<T>(row.gates + 3 * H + j, left),
+                      load<T>(row.c + j, left),
+                      {}};
+    Cell<Vec<T>> d;
+    Vec<T> dc = load<T>(row.dc_next + j);
+    if (row.dc_out) dc += load<T>(row.dc_out + j, left);
+    cell_backward<Math<T>>(cell, load<T>(row.c_prev + j, left), dm, dc, d);
+    store<T>(row.dc + j, dc);
+    store<T>(row.dgates + j, d.i, left);
+    store<T>(row.dgates + H + j, d.f, left);
+    store<T>(row.dgates + 2 * H + j, d.g, left);
+    store<T>(row.dgates + 3 * H + j, d.o, left);
+    if (row.m) store<T>(row.m + j, cell.m, left);
+  }
+
+  const LayerBackward& p_;
+  const LayerShape& s_;
+  const BackwardWeights<M>& w_;
+  const ChunkGradients<M>& chunk_;
+  const int64_t d_, b0_, rows_, G_, padded_;
+  const Schedule schedule_;
+  Element* carried_;  // [rows][4H]
+  T* dc_;             // [rows][padded]
+  T* c0_;             // [rows][H] in the compute type
+  T* zeros_;          // dgates or c of no step
+};
+
+}  // namespace lstm_cuda::LSTM_CPU_ISA

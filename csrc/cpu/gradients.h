@@ -1,0 +1,244 @@
+// The large products of the backward pass, for a chunk of steps of one direction while its dgates
+// are in the cache:
+//   dx += dgates w_ih          dw_ih += dgates^T x      dw_hh += dgates^T h_prev
+//   db += sum of dgates        dw_hr += dh^T m
+// Only rows that are active take part, so what stands past a row's length reaches nothing. Each is
+// cut into items that write apart from each other.
+#pragma once
+
+namespace lstm_cuda::LSTM_CPU_ISA {
+
+// Where the gradients of the weights of one direction are summed; null where they are not wanted.
+template <class T>
+struct WeightGradients {
+  T* w_ih;  // [4H, I]
+  T* w_hh;  // [4H, P]
+  T* b;     // [4H]
+  T* w_hr;  // [P, H], with projection
+};
+
+template <class S, class M>
+class GradientJob {
+  using T = typename M::Compute;
+  using Unit = typename M::Unit;
+  using Element = typename M::Element;
+  static constexpr int lanes = kLanes<T>;
+  static constexpr int64_t block = 48;  // gate columns of an item: whole row tiles, whole vectors
+
+  struct Product {
+    const Element *dgates, *dh, *m;
+    const S *x, *h_prev;
+    T* dx;
+  };
+
+ public:
+  // What each worker makes for itself: the chunk's active rows, and a panel of the other operand.
+  struct Walk {
+    Product* product;
+    int64_t count;
+    Unit* panel;
+  };
+
+  GradientJob(const LayerBackward& p, const BackwardWeights<M>& w, const ChunkGradients<M>& chunk,
+              const WeightGradients<T>& dw, Arena& arena)
+      : p_(p),
+        s_(p.shape),
+        w_(w),
+        chunk_(chunk),
+        dw_(dw),
+        d_(chunk.d),
+        G_(4 * s_.H),
+        most_(chunk.steps * chunk.rows),
+        depth_(round_up(units<M>(most_), kLanes<Unit>)),
+        schedule_(schedule_of(s_, d_, p.lengths, p.reset)) {
+    zeros_ = arena.take<S>(s_.P);
+    if (p.dw_ih) transposed_ = arena.take<Unit>((G_ + dh_columns()) * depth_);
+  }
+
+  Walk walk(Arena& arena) const {
+    const int64_t panel =
+        std::max(p_.dw_ih ? units<M>(most_) : 0, p_.dx && w_.w_ih_on_the_way ? units<M>(G_) : 0);
+    return {arena.take<Product>(most_), 0, arena.take<Unit>(panel * Panels<M>::width)};
+  }
+
+  void start() const {
+    std::memset(static_cast<void*>(zeros_), 0, sizeof(S) * s_.P);
+    if (p_.dw_ih) {
+      std::memset(static_cast<void*>(dw_.w_ih), 0, sizeof(T) * G_ * s_.I);
+      std::memset(static_cast<void*>(dw_.w_hh), 0, sizeof(T) * G_ * s_.P);
+      std::memset(static_cast<void*>(dw_.b), 0, sizeof(T) * G_);
+      if (s_.projected) std::memset(static_cast<void*>(dw_.w_hr), 0, sizeof(T) * s_.P * s_.H);
+    }
+    for (int64_t t = 0; p_.dx && d_ == 0 && t < s_.T; ++t) {
+      T* const dx = static_cast<T*>(p_.dx) + (t * s_.B + chunk_.b0) * s_.I;
+      std::memset(static_cast<void*>(dx), 0, sizeof(T) * chunk_.rows * s_.I);
+    }
+  }
+
+  // The active rows of steps first .. last.
+  void plan_chunk(Walk& walk, int64_t first, int64_t last) const {
+    walk.count = 0;
+    for (int64_t index = first; index < last; ++index) {
+      const int64_t t = schedule_.time(index);
+      for (int64_t row = 0; row < chunk_.rows; ++row) {
+        const int64_t b = chunk_.b0 + row;
+        if (!schedule_.active(t, b)) continue;
+        const int64_t slot = chunk_.slot(index, row), previous = schedule_.previous(t, b);
+        const S* h_prev = zeros_;
+        if (!schedule_.fresh(t, b)) {
+          if (previous >= 0)
+            h_prev = static_cast<const S*>(p_.y) + ((previous * s_.B + b) * s_.D + d_) * s_.P;
+          if (previous < 0 && p_.h0) h_prev = static_cast<const S*>(p_.h0) + (d_ * s_.B + b) * s_.P;
+        }
+        walk.product[walk.count++] = {
+            chunk_.dgates_at(slot),
+            chunk_.dh_at(slot),
+            chunk_.m_at(slot),
+            static_cast<const S*>(p_.x) + t * p_.x_stride_t + b * p_.x_stride_b,
+            h_prev,
+            p_.dx ? static_cast<T*>(p_.dx) + (t * s_.B + b) * s_.I : nullptr};
+      }
+    }
+  }
+
+  int64_t input_items() const { return p_.dx ? w_.w_ih.count() : 0; }
+
+  // Panel n of dx += dgates w_ih.
+  void input_gradient(const Walk& walk, int64_t n) const {
+    const Unit* const panel = w_.template input_panel<S>(p_, d_, n, walk.panel);
+    call_with_vectors(w_.w_ih.vectors(n), [&]<int N>() {
+      for_row_tiles(walk.count, [&]<int R>(int64_t first) {
+        Vec<T> acc[R][N] = {};
+        const Unit* a[R];
+        for (int r = 0; r < R; ++r)
+          a[r] = reinterpret_cast<const Unit*>(walk.product[first + r].dgates);
+        accumulate<M, R, N>(acc, a, panel, w_.w_ih.K);
+        for (int r = 0; r < R; ++r) {
+          for (int v = 0; v < N; ++v) {
+            const int64_t j = n * w_.w_ih.width + v * lanes;
+            const int left = lanes_left(j, s_.I, lanes);
+            T* dx = walk.product[first + r].dx + j;
+            store<T>(dx, load<T>(dx, left) + acc[r][v], left);
+          }
+        }
+      });
+    });
+  }
+
+  // First the transposes, with the bias on the way; then the products, which need all of them.
+  int64_t transpose_items() const { return p_.dw_ih ? blocks(G_) + blocks(dh_columns()) : 0; }
+  void transpose_item(const Walk& walk, int64_t item) const {
+    if (item < blocks(G_)) {
+      const int64_t first = item * block, last = std::min(first + block, G_);
+      transpose_rows(walk, &Product::dgates, first, last, transposed_);
+      add_bias(walk, first, last);
+    } else {
+      const int64_t first = (item - blocks(G_)) * block;
+      transpose_rows(walk, &Product::dh, first, std::min(first + block, dh_columns()),
+                     transposed_ + G_ * depth_);
+    }
+  }
+
+  // An item is a panel of columns, times some part of the rows of dw where there are more workers
+  // than panels.
+  int64_t weight_items(int workers) const {
+    return p_.dw_ih ? row_parts(workers) * (Panels<M>::count(s_.I) + Panels<M>::count(s_.P) +
+                                            Panels<M>::count(dh_columns() ? s_.H : 0))
+                    : 0;
+  }
+  void weight_item(const Walk& walk, int64_t item, int workers) const {
+    const int64_t parts = row_parts(workers), part = item % parts;
+    int64_t n = item / parts;
+    if (n < Panels<M>::count(s_.I)) {
+      return add_product(walk, transposed_, G_, part, parts, &Product::x, s_.I, n, dw_.w_ih);
+    }
+    n -= Panels<M>::count(s_.I);
+    if (n < Panels<M>::count(s_.P)) {
+      return add_product(walk, transposed_, G_, part, parts, &Product::h_prev, s_.P, n, dw_.w_hh);
+    }
+    n -= Panels<M>::count(s_.P);
+    add_product(walk, transposed_ + G_ * depth_, s_.P, part, parts, &Product::m, s_.H, n, dw_.w_hr);
+  }
+
+ private:
+  int64_t dh_columns() const { return s_.projected ? s_.P : 0; }
+  static int64_t blocks(int64_t columns) { return (columns + block - 1) / block; }
+  int64_t row_parts(int workers) const {
+    return workers > Panels<M>::count(s_.I) + Panels<M>::count(s_.P) ? 4 : 1;
+  }
+
+  // The chunk's rows that `member` points to.
+  template <class R>
+  static auto rows_of(const Walk& walk, const R* Product::* member) {
+    return [&walk, member](int64_t q) -> const R* {
+      return q < walk.count ? walk.product[q].*member : nullptr;
+    };
+  }
+
+  // out[column][unit of rows]
+  void transpose_rows(const Walk& walk, const Element* Product::* member, int64_t first,
+                      int64_t last, Unit* out) const {
+    constexpr int width = kLanes<Unit>;
+    const auto row = rows_of(walk, member);
+    const int64_t K = units<M>(walk.count);
+    for (int64_t column = first; column < last; column += width) {
+      const int left = lanes_left(column, last, width);
+      for (int64_t k = 0; k < K; k += width) {
+        Vec<Unit> square[width];
+        for (int l = 0; l < width; ++l)
+          square[l] = k + l < K ? M::across(row, k + l, column, left) : Vec<Unit>{};
+        transpose<1>(square);
+        for (int l = 0; l < left; ++l)
+          store_lanes(out + (column + l) * depth_ + k, square[l], width);
+      }
+    }
+  }
+
+  void add_bias(const Walk& walk, int64_t first, int64_t last) const {
+    for (int64_t g = first; g < last; g += lanes) {
+      const int left = lanes_left(g, last, lanes);
+      Vec<T> sum{};
+      for (int64_t q = 0; q < walk.count; ++q) sum += load<T>(walk.product[q].dgates + g, left);
+      store<T>(dw_.b + g, load<T>(dw_.b + g, left) + sum, left);
+    }
+  }
+
+  // out[row][column] += the sum over the chunk of left[row] times the rows that `member` points to,
+  // for panel n of the columns and one part of the rows.
+  template <class R>
+  void add_product(const Walk& walk, const Unit* left_operand, int64_t height, int64_t part,
+                   int64_t parts, const R* Product::* member, int64_t columns, int64_t n,
+                   T* out) const {
+    const int64_t K = units<M>(walk.count);
+    pack_panel<M>(walk.panel, n, K, columns, rows_of(walk, member));
+    const int64_t start = part * height / parts, end = (part + 1) * height / parts;
+    call_with_vectors(Panels<M>::vectors(n, columns), [&]<int N>() {
+      for_row_tiles(end - start, [&]<int Rows>(int64_t first) {
+        Vec<T> acc[Rows][N] = {};
+        const Unit* a[Rows];
+        for (int r = 0; r < Rows; ++r) a[r] = left_operand + (start + first + r) * depth_;
+        accumulate<M, Rows, N>(acc, a, walk.panel, K);
+        for (int r = 0; r < Rows; ++r) {
+          for (int v = 0; v < N; ++v) {
+            const int64_t j = n * Panels<M>::width + v * lanes;
+            const int left = lanes_left(j, columns, lanes);
+            T* sum = out + (start + first + r) * columns + j;
+            store<T>(sum, load<T>(sum, left) + acc[r][v], left);
+          }
+        }
+      });
+    });
+  }
+
+  const LayerBackward& p_;
+  const LayerShape& s_;
+  const BackwardWeights<M>& w_;
+  const ChunkGradients<M>& chunk_;
+  const WeightGradients<T> dw_;
+  const int64_t d_, G_, most_, depth_;
+  const Schedule schedule_;
+  S* zeros_;                    // h of no step
+  Unit* transposed_ = nullptr;  // [4H (+ P)][depth]
+};
+
+}  // namespace lstm_cuda::LSTM_CPU_ISA

@@ -1,0 +1,235 @@
+// A whole layer, as stages that a team of workers goes through: weights are packed, then the
+// recurrences run, in parts of the batch that need nothing of each other or, where rows are few and
+// weights many, step by step together (CpuPlan). One table of entry points for each instruction
+// set.
+#pragma once
+
+// Each needs those before it.
+// clang-format off
+#include "../cell.h"
+#include "simd.h"
+#include "product.h"
+#include "forward_weights.h"
+#include "forward.h"
+#include "backward.h"
+#include "gradients.h"
+// clang-format on
+
+namespace lstm_cuda::LSTM_CPU_ISA {
+
+// Gradients decay below the least normal number on long sequences, where every operation on them
+// would take a hundred times as long. They are taken as zero inside the kernels; the caller's mode
+// is restored.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  FlushDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" ::"r"(saved_ | (uint64_t(1) << 24)));
+  }
+  ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#endif
+};
+
+template <class S, class M>
+class Layer {
+  using T = typename M::Compute;
+
+ public:
+  // With a null block nothing is run; the return value is the room that is needed, in bytes.
+  static int64_t forward(const LayerForward& p, const CpuPlan& plan, const Parallel& parallel,
+                         void* block) {
+    using Job = ForwardJob<S, M>;
+    const LayerShape& s = p.shape;
+    Arena arena(block);
+    std::vector<ForwardWeights<M>> weights(s.D);
+    for (auto& w : weights) w.reserve(arena, s, plan);
+    std::vector<Job> jobs;  // part by part, directions within
+    jobs.reserve(plan.parts * s.D);
+    for (int64_t k = 0; k < plan.parts * s.D; ++k)
+      jobs.emplace_back(p, plan, weights[k % s.D], k % s.D, k / s.D, arena);
+    std::vector<typename Job::Walk> walks = walks_of(jobs, plan, s.D, arena);
+    if (!block) return arena.used();
+
+    Team team(plan.workers);
+    parallel.for_each(team.workers(), [&](int64_t id) {
+      const FlushDenormals guard;
+      Team::Worker worker(team, int(id));
+      const int64_t groups = ForwardWeights<M>::groups(s.H);
+      const int64_t pieces = groups + (s.projected ? weights[0].w_hr.count() : 0);
+      worker.each(s.D * pieces, [&](int64_t item) {
+        const int64_t d = item / pieces, n = item % pieces;
+        n < groups ? weights[d].template pack<S>(p, d, n)
+                   : weights[d].template pack_projection<S>(p, d, n - groups);
+      });
+      if (plan.in_step) return Job::run(jobs.data(), walks.data() + id * s.D, s.D, worker);
+      worker.each(int64_t(jobs.size()), [&](int64_t k) {
+        Team alone(1);
+        Team::Worker self(alone, 0);
+        Job::run(&jobs[k], &walks[k], 1, self);
+      });
+    });
+    return arena.used();
+  }
+
+  static int64_t backward(const LayerBackward& p, const CpuPlan& plan, const Parallel& parallel,
+                          void* block) {
+    const LayerShape& s = p.shape;
+    const int64_t chunk = plan.chunk_steps(s, (s.B + plan.parts - 1) / plan.parts),
+                  count = plan.parts * s.D;
+    Arena arena(block);
+    std::vector<BackwardWeights<M>> weights(s.D);
+    for (auto& w : weights) w.reserve(arena, s, p.dx != nullptr, chunk == s.T && plan.parts == 1);
+    std::vector<WeightGradients<T>> dw = weight_gradients(p, plan, arena);
+    std::vector<ChunkGradients<M>>
+        chunks;  // part by part, directions within; so are the jobs and the products
+    chunks.reserve(count);
+    for (int64_t k = 0; k < count; ++k)
+      chunks.emplace_back(s, plan, k % s.D, k / s.D, chunk, arena);
+    Backward run;
+    run.jobs.reserve(count);
+    run.products.reserve(count);
+    for (int64_t k = 0; k < count; ++k)
+      run.jobs.emplace_back(p, weights[k % s.D], chunks[k], arena);
+    for (int64_t k = 0; k < count; ++k)
+      run.products.emplace_back(p, weights[k % s.D], chunks[k], dw[k], arena);
+    run.walks = walks_of(run.jobs, plan, s.D, arena);
+    run.lists.reserve(plan.workers);
+    for (int k = 0; k < plan.workers; ++k) run.lists.push_back(run.products.back().walk(arena));
+    if (!block) return arena.used();
+
+    Team team(plan.workers);
+    parallel.for_each(team.workers(), [&](int64_t id) {
+      const FlushDenormals guard;
+      Team::Worker worker(team, int(id));
+      const int64_t pieces = weights[0].count();
+      worker.each(s.D * pieces, [&](int64_t item) {
+        weights[item / pieces].template pack<S>(p, item / pieces, item % pieces);
+      });
+      if (plan.in_step) return run.part(0, &run.walks[id * s.D], run.lists[id], s, chunk, worker);
+      worker.each(plan.parts, [&](int64_t part) {
+        Team alone(1);
+        Team::Worker self(alone, 0);
+        run.part(part, &run.walks[part * s.D], run.lists[id], s, chunk, self);
+      });
+      if (p.dw_ih) add_parts(dw, s, plan, worker);
+    });
+    return arena.used();
+  }
+
+ private:
+  // Workers in step each have a walk for every job; otherwise a job has one, of whoever runs it.
+  template <class Job>
+  static std::vector<typename Job::Walk> walks_of(const std::vector<Job>& jobs, const CpuPlan& plan,
+                                                  int64_t D, Arena& arena) {
+    const int64_t count = plan.in_step ? plan.workers * D : int64_t(jobs.size());
+    std::vector<typename Job::Walk> walks;
+    walks.reserve(count);
+    for (int64_t k = 0; k < count; ++k) walks.push_back(jobs[plan.in_step ? k % D : k].walk(arena));
+    return walks;
+  }
+
+  struct Sizes {
+    int64_t w_ih, w_hh, b, w_hr;
+    explicit Sizes(const LayerShape& s)
+        : w_ih(4 * s.H * s.I), w_hh(4 * s.H * s.P), b(4 * s.H), w_hr(s.projected ? s.P * s.H : 0) {}
+  };
+
+  // The first part sums in the result, the others beside it.
+  static std::vector<WeightGradients<T>> weight_gradients(const LayerBackward& p,
+                                                          const CpuPlan& plan, Arena& arena) {
+    const int64_t D = p.shape.D;
+    const Sizes size(p.shape);
+    std::vector<WeightGradients<T>> dw(plan.parts * D);
+    for (int64_t k = 0; p.dw_ih && k < plan.parts * D; ++k) {
+      if (k < D) {
+        dw[k] = {static_cast<T*>(p.dw_ih) + k * size.w_ih, static_cast<T*>(p.dw_hh) + k * size.w_hh,
+                 static_cast<T*>(p.db) + k * size.b, static_cast<T*>(p.dw_hr) + k * size.w_hr};
+      } else {
+        dw[k] = {arena.take<T>(size.w_ih), arena.take<T>(size.w_hh), arena.take<T>(size.b),
+                 arena.take<T>(size.w_hr)};
+      }
+    }
+    return dw;
+  }
+
+  // Adds what all parts found, in their order.
+  static void add_parts(const std::vector<WeightGradients<T>>& dw, const LayerShape& s,
+                        const CpuPlan& plan, Team::Worker& worker) {
+    const Sizes size(s);
+    const int64_t slices = worker.workers();
+    worker.each(s.D * slices, [&](int64_t item) {
+      const int64_t d = item / slices, slice = item % slices;
+      const auto add = [&](T* WeightGradients<T>::* member, int64_t count) {
+        for (int64_t part = 1; part < plan.parts; ++part) {
+          T* const sum = dw[d].*member;
+          const T* const more = dw[part * s.D + d].*member;
+          for (int64_t k = slice * count / slices; k < (slice + 1) * count / slices; ++k)
+            sum[k] += more[k];
+        }
+      };
+      add(&WeightGradients<T>::w_ih, size.w_ih);
+      add(&WeightGradients<T>::w_hh, size.w_hh);
+      add(&WeightGradients<T>::b, size.b);
+      add(&WeightGradients<T>::w_hr, size.w_hr);
+    });
+  }
+
+  struct Backward {
+    using Job = BackwardJob<S, M>;
+    using Products = GradientJob<S, M>;
+    std::vector<Job> jobs;
+    std::vector<Products> products;
+    std::vector<typename Job::Walk> walks;
+    std::vector<typename Products::Walk> lists;  // each worker's, for one direction at a time
+
+    // All directions of one part of the batch, by the workers of one team.
+    void part(int64_t part, typename Job::Walk* mine, typename Products::Walk& list,
+              const LayerShape& s, int64_t chunk, Team::Worker& worker) {
+      Job* const job = &jobs[part * s.D];
+      const Products* const product = &products[part * s.D];
+      for (int64_t d = 0; d < s.D; ++d) job[d].begin(mine[d]);
+      worker.each(s.D, [&](int64_t d) {
+        job[d].start();
+        product[d].start();
+      });
+      for (int64_t last = s.T; last > 0;) {
+        const int64_t first = (last - 1) / chunk * chunk;
+        Job::run_chunk(job, mine, s.D, first, last, worker);
+        for (int64_t d = 0; d < s.D; ++d) multiply(product[d], list, first, last, worker);
+        last = first;
+      }
+      const int64_t panels = job[0].panels();
+      worker.each(s.D * panels, [&](int64_t item) {
+        const int64_t d = item / panels;
+        job[d].finish_h(mine[d], item % panels);
+        if (item % panels == 0) job[d].finish_c(mine[d]);
+      });
+    }
+
+    static void multiply(const Products& product, typename Products::Walk& list, int64_t first,
+                         int64_t last, Team::Worker& worker) {
+      product.plan_chunk(list, first, last);
+      worker.each(product.input_items() + product.transpose_items(), [&](int64_t item) {
+        const int64_t transpose = item - product.input_items();
+        transpose < 0 ? product.input_gradient(list, item)
+                      : product.transpose_item(list, transpose);
+      });
+      worker.each(product.weight_items(worker.workers()),
+                  [&](int64_t item) { product.weight_item(list, item, worker.workers()); });
+    }
+  };
+};
+
+#define LSTM_LAYER(S, M) {&Layer<S, M>::forward, &Layer<S, M>::backward}
+
+}  // namespace lstm_cuda::LSTM_CPU_ISA

@@ -1,0 +1,72 @@
+// The Python module _C: what was built, and which way a layer would be run. Importing it also
+// registers the ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "plan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> capabilities() {
+  std::vector<std::string> names;
+  for (int k = 0; k < lstm_cuda::cpu_capability_count(); ++k)
+    names.push_back(lstm_cuda::cpu_capability_name(k));
+  return names;
+}
+
+py::dict build_info() {
+  using namespace py::literals;
+#ifdef LSTM_CUDA_WITH_CUDA
+  const bool cuda = true;
+#else
+  const bool cuda = false;
+#endif
+  return py::dict("version"_a = LSTM_CUDA_VERSION, "torch_version"_a = LSTM_CUDA_TORCH_VERSION,
+                  "cuda"_a = cuda, "cpu_capabilities"_a = capabilities(),
+                  "compiler"_a = __VERSION__);
+}
+
+void set_cpu_capability(const std::string& name) {
+  if (lstm_cuda::set_cpu_capability(name.c_str())) return;
+  std::string known;
+  for (const std::string& each : capabilities()) known += (known.empty() ? "" : ", ") + each;
+  throw std::invalid_argument("name must be one of " + known + "; got '" + name + "'");
+}
+
+lstm_cuda::Dtype dtype_named(const std::string& name) {
+  if (name == "float64") return lstm_cuda::Dtype::float64;
+  if (name == "float32") return lstm_cuda::Dtype::float32;
+  if (name == "float16") return lstm_cuda::Dtype::float16;
+  if (name == "bfloat16") return lstm_cuda::Dtype::bfloat16;
+  throw std::invalid_argument("dtype must be float64, float32, float16 or bfloat16; got '" + name +
+                              "'");
+}
+
+py::dict plan(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_t P,
+              const std::string& dtype, int threads, bool backward) {
+  using namespace py::literals;
+  const lstm_cuda::LayerShape shape{dtype_named(dtype), T, B, D, I, H, P, 0, P != H};
+  const lstm_cuda::CpuPlan plan = lstm_cuda::plan_cpu(shape, threads, backward);
+  return py::dict("workers"_a = plan.workers, "in_step"_a = plan.in_step, "parts"_a = plan.parts,
+                  "weights_packed"_a = plan.recurrent == lstm_cuda::Weights::packed,
+                  "input_within_step"_a = plan.input_within_step,
+                  "capability"_a = lstm_cuda::cpu_capability());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled part of lstm_cuda.";
+  m.def("build_info", &build_info);
+  m.def("cpu_capability", &lstm_cuda::cpu_capability);
+  m.def("set_cpu_capability", &set_cpu_capability, py::arg("name"));
+  m.def("plan", &plan, py::arg("T"), py::arg("B"), py::arg("D"), py::arg("I"), py::arg("H"),
+        py::arg("P"), py::arg("dtype"), py::arg("threads"), py::arg("backward"));
+}

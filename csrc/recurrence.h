@@ -1,0 +1,74 @@
+// The problem as the kernels see it: plain sizes, strides and pointers. Nothing here knows torch or
+// CUDA.
+//
+// A layer is D independent recurrences (directions) over the same input x, time T and batch B:
+//   gates_x[t] = x[t] w_ih^T + b_ih + b_hh
+//   h[t], c[t] = cell(gates_x[t] + h[t-1] w_hh^T, c[t-1])
+// G = 4H rows of weights in torch's order i, f, g, o. Without projection P = H. All weights are
+// contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace lstm_cuda {
+
+enum class Dtype { float64, float32, float16, bfloat16 };
+
+struct LayerShape {
+  Dtype dtype;        // of every floating tensor but the reserve
+  int64_t T, B, D;    // time, batch, recurrences
+  int64_t I, H, P;    // input, hidden and output (projected) sizes
+  uint64_t reversed;  // bit d: recurrence d runs from the last step to the first
+  bool projected;     // h = w_hr (o * tanh(c)); otherwise h = o * tanh(c)
+};
+
+// The reserve (gates, c) is in the compute type: double for float64, float for all others.
+struct LayerForward {
+  LayerShape shape;
+  const void* x;  // [T, B, I], last dimension contiguous
+  int64_t x_stride_t, x_stride_b;
+  const void* const* w_ih;  // D pointers, [4H, I]
+  const void* const* w_hh;  // D pointers, [4H, P]
+  const void* const* b_ih;  // D pointers, [4H]; null without bias
+  const void* const* b_hh;  // D pointers, [4H]; null without bias
+  const void* const* w_hr;  // D pointers, [P, H]; null unless projected
+  const void* h0;           // [D, B, P] or null (zeros)
+  const void* c0;           // [D, B, H] or null (zeros)
+  const int64_t* lengths;   // [B], each in 0..T, or null (all T)
+  const uint8_t* reset;     // [T, B], 0 or 1, or null (never)
+  void* y;                  // [T, B, D, P]
+  void* h_n;                // [D, B, P]
+  void* c_n;                // [D, B, H]
+  void* gates;              // [T, B, D, 4H], activated, or null (inference)
+  void* c;                  // [T, B, D, H] or null; gates implies c
+};
+
+// Gradients that come in have the outputs' types, those that go out the compute type.
+struct LayerBackward {
+  LayerShape shape;
+  const void* x;  // as in LayerForward
+  int64_t x_stride_t, x_stride_b;
+  const void* const* w_ih;
+  const void* const* w_hh;
+  const void* const* w_hr;
+  const void* h0;
+  const void* c0;
+  const int64_t* lengths;
+  const uint8_t* reset;
+  const void* y;  // what the forward pass gave
+  const void* gates;
+  const void* c;
+  const void* dy;    // [T, B, D, P] or null (zero)
+  const void* dh_n;  // [D, B, P] or null
+  const void* dc_n;  // [D, B, H] or null
+  const void* dc;    // [T, B, D, H], gradient of the reserve's c (compute type), or null
+  void* dx;          // [T, B, I] or null (not wanted)
+  void* dh0;         // [D, B, P]
+  void* dc0;         // [D, B, H]
+  void* dw_ih;       // [D, 4H, I]; null: no weight gradient is wanted
+  void* dw_hh;       // [D, 4H, P]
+  void* db;          // [D, 4H]
+  void* dw_hr;       // [D, P, H] if projected
+};
+
+}  // namespace lstm_cuda
