@@ -1,0 +1,25 @@
+"""A drop-in, faster ``torch.nn.LSTM``."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .convert import convert
+from .explain import explain
+from .functional import fused_lstm
+from .lstm_cell import FusedLSTMCell
+from .module import FusedLSTM
+from .ops import build_info
+
+try:
+    __version__ = version("lstm_cuda")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "FusedLSTM",
+    "FusedLSTMCell",
+    "__version__",
+    "build_info",
+    "convert",
+    "explain",
+    "fused_lstm",
+]

@@ -1,0 +1,63 @@
+"""Which path each layer of a FusedLSTM takes for an input, and why, in words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import ops
+from .functional import autocast_dtype
+from .module import FusedLSTM
+
+
+def explain(module: FusedLSTM, x: Tensor | PackedSequence) -> str:
+    """Tell which path the module would take for an input, layer by layer; nothing is run.
+
+    Args:
+        module: the FusedLSTM asked about, in the mode (training or not) asked about.
+        x: an input for it, as for ``FusedLSTM.forward``.
+
+    Returns:
+        One line on the choice, then one a layer, each with what the kernels' plan says under it.
+    """
+    if not isinstance(module, FusedLSTM):
+        raise TypeError(f"module must be a FusedLSTM; got {type(module).__name__}")
+    data = x.data if isinstance(x, PackedSequence) else x
+    device = data.device.type
+    options = module._extras()
+    if module.backend == "torch":
+        return 'reference: backend="torch" asks for it (plain torch, one step at a time)'
+    if options:
+        return f"reference (plain torch): the fused op has no {', '.join(options)} yet"
+    try:
+        ops.require(device)
+    except RuntimeError as error:
+        return f"error: {error}"
+
+    if isinstance(x, PackedSequence):
+        T, B = x.batch_sizes.numel(), int(x.batch_sizes[0])
+    elif x.dim() == 2:
+        T, B = x.shape[0], 1
+    else:
+        T, B = (x.shape[1], x.shape[0]) if module.batch_first else (x.shape[0], x.shape[1])
+    D = 2 if module.bidirectional else 1
+    H = module.hidden_size
+    P = module.proj_size or H
+    dtype = autocast_dtype(device) or data.dtype
+    training = torch.is_grad_enabled() and (
+        data.requires_grad or any(p.requires_grad for p in module.parameters())
+    )
+    lines = [
+        f"fused op on {device}, {str(dtype).removeprefix('torch.')}, T={T} B={B}: "
+        + ("saves for backward" if training else "inference, saves nothing")
+    ]
+    for layer in range(module.num_layers):
+        features = module.input_size if layer == 0 else D * P
+        line = f"layer {layer}: {D} x LSTM {features} -> {H}" + (f" -> {P}" if P != H else "")
+        for backward in (False, True)[: 1 + training] if device == "cpu" else ():
+            plan = ops.plan(T, B, D, features, H, P, dtype, backward)
+            line += f"\n  {'backward' if backward else 'forward'}: "
+            line += ", ".join(f"{key}={value}" for key, value in plan.items())
+        lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,193 @@
+"""One layer on the fused op, with its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import ops, reference
+
+
+def fused_layer(
+    x: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reversed: int,
+    cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``reference.lstm_layer`` with the plain cell, on the fused op.
+
+    Nothing is saved for backward unless a gradient can be asked for.
+
+    Args:
+        x ... reversed: as for ``reference.lstm_layer``.
+        cells: the cell states are wanted.
+
+    Returns:
+        As ``reference.lstm_layer``; the last is meaningless unless ``cells``.
+
+    Raises:
+        NotImplementedError: under vmap or forward-mode differentiation.
+    """
+    D = len(weights)
+    # w_ih of each recurrence, then w_hh of each, and so on: the order of the op's lists.
+    flat = weights[0] if D == 1 else [w for column in zip(*weights, strict=True) for w in column]
+    _refuse_transforms(x, flat, h0, c0)
+    if torch.is_grad_enabled() and _requires_grad(x, flat, h0, c0):
+        if c0 is not None and c0 is h0:
+            c0 = c0.view_as(c0)  # torch.compile refuses the same tensor twice
+        y, h_n, c_n, _, c = _Layer.apply(x, h0, c0, lengths, reset, reversed, cells, D, *flat)
+        return y, h_n, c_n, c
+    w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
+    y, h_n, c_n, _, c = ops.layer_forward(
+        x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, False, cells
+    )
+    return y, h_n, c_n, c
+
+
+def _requires_grad(
+    x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
+) -> bool:
+    if x.requires_grad or (h0 is not None and h0.requires_grad):
+        return True
+    if c0 is not None and c0.requires_grad:
+        return True
+    return any(w.requires_grad for w in weights)
+
+
+def _refuse_transforms(
+    x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
+) -> None:
+    """Raise under the transforms that the op cannot follow.
+
+    Without this, forward-mode differentiation would be answered with zeros.
+    """
+    if forward_ad._current_level >= 0:
+        for t in (x, h0, c0, *weights):
+            if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+                raise NotImplementedError(_unsupported("forward-mode differentiation"))
+    if torch._C._are_functorch_transforms_active():
+        for interpreter in torch._C._functorch.get_interpreter_stack() or ():
+            if interpreter.key() == torch._C._functorch.TransformType.Vmap:
+                raise NotImplementedError(_unsupported("torch.func.vmap"))
+            if interpreter.key() == torch._C._functorch.TransformType.Jvp:
+                raise NotImplementedError(_unsupported("forward-mode differentiation"))
+
+
+def _unsupported(transform: str) -> str:
+    return (
+        f"the fused LSTM does not support {transform} (and what is built on it) yet; "
+        'backend="torch" runs the differentiable reference, which does'
+    )
+
+
+def _by_kind(
+    flat: Sequence[Tensor], D: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """w_ih, w_hh, biases and w_hr of D recurrences, from their flat list."""
+    per = len(flat) // D  # 2 to 5: [w_ih, w_hh] + [b_ih, b_hh] + [w_hr]
+    end = 4 * D if per >= 4 else 2 * D
+    return flat[:D], flat[D : 2 * D], flat[2 * D : end], flat[end:]
+
+
+class _Layer(torch.autograd.Function):
+    """y, h_n, c_n, gates, c of a layer; gates, and c unless asked for, carry no gradient."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        reversed: int,
+        cells: bool,
+        D: int,
+        *flat: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
+        return ops.layer_forward(
+            x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, True, cells
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, h0, c0, lengths, reset, ctx.reversed, cells, ctx.D, *flat = inputs
+        y, _, _, gates, c = output
+        ctx.set_materialize_grads(False)  # an absent gradient stays absent, down to the kernel
+        if cells:
+            ctx.mark_non_differentiable(gates)
+        else:
+            ctx.mark_non_differentiable(gates, c)
+        ctx.save_for_backward(x, h0, c0, lengths, reset, y, gates, c, *flat)
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        _dgates: None,
+        dc: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        x, h0, c0, lengths, reset, y, gates, c, *flat = ctx.saved_tensors
+        needs_x, needs_h0, needs_c0, _, _, _, _, _, *needs_flat = ctx.needs_input_grad
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return _differentiable_backward(ctx, dy, dh_n, dc_n, dc)
+        D = ctx.D
+        w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
+        dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = ops.layer_backward(
+            dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed,
+            y, gates, c, needs_x, any(needs_flat),
+        )  # fmt: skip
+        dflat: list[Tensor | None] = [None] * len(flat)
+        if any(needs_flat):
+            # The two biases have equal gradients, in storage of their own: optimizers write into
+            # them.
+            parts = [dw_ih, dw_hh] + ([db, db.clone()] if bias else []) + ([dw_hr] if w_hr else [])
+            dflat = [part[d] for part in parts for d in range(D)]
+        return (
+            dx if needs_x else None,
+            dh0 if needs_h0 else None,
+            dc0 if needs_c0 else None,
+            None, None, None, None, None,
+            *dflat,
+        )  # fmt: skip
+
+
+def _differentiable_backward(
+    ctx: Any,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dc: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients as differentiable functions: those of the layer recomputed by the reference."""
+    x, h0, c0, lengths, reset, _, _, _, *flat = ctx.saved_tensors
+    inputs = [x, h0, c0, *flat]
+    needs = ctx.needs_input_grad[:3] + ctx.needs_input_grad[8:]
+    wanted = [k for k, need in enumerate(needs) if need]
+    present = [k for k, grad in enumerate((dy, dh_n, dc_n, dc)) if grad is not None]
+
+    def layer(*differentiated: Tensor) -> tuple[Tensor, ...]:
+        given = list(inputs)
+        for k, t in zip(wanted, differentiated, strict=True):
+            given[k] = t
+        x, h0, c0, *flat = given
+        rows = [flat[d :: ctx.D] for d in range(ctx.D)]
+        outputs = reference.lstm_layer(x, rows, h0, c0, lengths, reset, ctx.reversed)
+        return tuple(outputs[k] for k in present)
+
+    pull_back = torch.func.vjp(layer, *(inputs[k] for k in wanted))[1]
+    grads: list[Tensor | None] = [None] * len(inputs)
+    cotangents = (grad for grad in (dy, dh_n, dc_n, dc) if grad is not None)
+    for k, grad in zip(wanted, pull_back(tuple(cotangents)), strict=True):
+        grads[k] = grad
+    return (*grads[:3], None, None, None, None, None, *grads[3:])

@@ -1,0 +1,43 @@
+"""explain: which path, and why, in words."""
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_sequence
+
+from lstm_cuda import FusedLSTM, explain
+from lstm_cuda.functional import warn_reference
+
+
+def test_reference_and_why() -> None:
+    x = torch.randn(5, 2, 3)
+    assert explain(FusedLSTM(3, 4, backend="torch"), x).startswith("reference: backend=")
+    warn_reference.cache_clear()
+    with pytest.warns(UserWarning, match="coupled, peephole"):
+        lstm = FusedLSTM(3, 4, coupled=True, peephole=True)
+    text = explain(lstm, x)
+    assert text.startswith("reference") and "coupled, peephole" in text
+
+
+def test_each_layer_of_the_fused_op() -> None:
+    lstm = FusedLSTM(3, 8, 2, bidirectional=True, proj_size=4, batch_first=True)
+    lines = explain(lstm, torch.randn(2, 5, 3)).splitlines()
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        "layer 0", "  forward", "  backward", "layer 1", "  forward", "  backward"
+    ]  # fmt: skip
+    assert "fused op on cpu, float32, T=5 B=2" in lines[0] and "saves for backward" in lines[0]
+    assert lines[1] == "layer 0: 2 x LSTM 3 -> 8 -> 4"
+    assert lines[4] == "layer 1: 2 x LSTM 8 -> 8 -> 4"
+    assert "capability=" in lines[2] and "capability=" in lines[3]
+    with torch.no_grad():
+        assert "inference, saves nothing" in explain(lstm, torch.randn(2, 5, 3))
+    assert "T=5 B=1" in explain(lstm, torch.randn(5, 3))
+    packed = pack_sequence([torch.randn(6, 3), torch.randn(2, 3)])
+    assert "T=6 B=2" in explain(lstm, packed)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "bfloat16" in explain(lstm, torch.randn(2, 5, 3))
+
+
+def test_an_error_is_told_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lstm_cuda.ops.load_error", "there is no compiled part")
+    text = explain(FusedLSTM(3, 4), torch.randn(5, 2, 3))
+    assert text == "error: there is no compiled part"
