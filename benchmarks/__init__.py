@@ -1,0 +1,1 @@
+"""Measures lstm_cuda against torch.nn.LSTM: `python -m benchmarks --help`."""

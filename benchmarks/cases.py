@@ -1,0 +1,100 @@
+"""A workload made concrete: modules with the same weights, inputs, and calls to time."""
+
+import itertools
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lstm_cuda import FusedLSTM
+
+from .timing import Call
+from .variants import VARIANTS, Boundaries, Forward, Variant
+from .workloads import DTYPES, Workload
+
+BUFFERS = 4  # inputs in turn, so that not one input stays in the cache
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload with its modules and data.
+
+    Attributes:
+        workload: what this is made from.
+        torch_lstm, fused_lstm: hold equal weights.
+        inputs: each [T, B, I], requires a gradient, as inside a larger net.
+        gradients: of the loss with respect to the output, for each input [T, B, D * H].
+        boundaries: lengths and resets.
+    """
+
+    workload: Workload
+    torch_lstm: nn.LSTM
+    fused_lstm: FusedLSTM
+    inputs: list[Tensor]
+    gradients: list[Tensor]
+    boundaries: Boundaries
+
+    @classmethod
+    def build(cls, workload: Workload, dtype: str, device: torch.device) -> "Case":
+        """Random weights and data, the same for the same workload and dtype in every run."""
+        generator = torch.Generator().manual_seed(zlib.crc32(workload.name.encode()))
+        torch_dtype = DTYPES[dtype]
+
+        def normal(features: int) -> Tensor:
+            values = torch.randn(workload.steps, workload.batch, features, generator=generator)
+            return values.to(device, torch_dtype)
+
+        torch_lstm = nn.LSTM(**workload.module_arguments)
+        bound = workload.hidden_size**-0.5
+        with torch.no_grad():
+            for parameter in torch_lstm.parameters():
+                parameter.uniform_(-bound, bound, generator=generator)
+        torch_lstm = torch_lstm.to(device, torch_dtype)
+        fused_lstm = FusedLSTM(**workload.module_arguments, device=device, dtype=torch_dtype)
+        fused_lstm.load_state_dict(torch_lstm.state_dict())
+        outputs = workload.hidden_size * (2 if workload.bidirectional else 1)
+        return cls(
+            workload,
+            torch_lstm,
+            fused_lstm,
+            inputs=[normal(workload.input_size).requires_grad_() for _ in range(BUFFERS)],
+            gradients=[normal(outputs) for _ in range(BUFFERS)],
+            boundaries=Boundaries.draw(workload, generator),
+        )
+
+    @property
+    def variant(self) -> Variant:
+        return VARIANTS[self.workload.variant]
+
+    def calls(self, mode: str) -> tuple[Call, Call]:
+        """What to time in a mode: the baseline's call and ours."""
+        baseline: tuple[nn.Module, Forward] = (self.torch_lstm, self.variant.torch_way)
+        if self.variant.fused_baseline is not None:
+            baseline = (self.fused_lstm, self.variant.fused_baseline)
+        make = self._inference if mode == "inference" else self._training
+        return make(*baseline), make(self.fused_lstm, self.variant.fused_way)
+
+    def _inference(self, lstm: nn.Module, forward: Forward) -> Call:
+        inputs = itertools.cycle([x.detach() for x in self.inputs])
+
+        @torch.inference_mode()
+        def call() -> None:
+            forward(lstm, next(inputs), self.boundaries)
+
+        return call
+
+    def _training(self, lstm: nn.Module, forward: Forward) -> Call:
+        batches = itertools.cycle(zip(self.inputs, self.gradients, strict=True))
+
+        def call() -> None:
+            x, dy = next(batches)
+            x.grad = None
+            lstm.zero_grad(set_to_none=True)
+            y, _ = forward(lstm, x, self.boundaries)
+            if self.workload.last_step_only:
+                y[-1].backward(dy[-1])
+            else:
+                y.backward(dy)
+
+        return call

@@ -1,0 +1,1 @@
+"""Short programs on real data; each explains itself with --help."""
