@@ -218,8 +218,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
   const auto wanted = [&](bool want, const Sizes& sizes) {
     return empty(want ? sizes : Sizes{0}, compute);
   };
-  Tensor dx = wanted(need_dx, {T, B, I}), dh0 = wanted(true, {D, B, P}),
-         dc0 = wanted(true, {D, B, H});
+  Tensor dx = wanted(need_dx, {T, B, I}), dh0 = wanted(h0.has_value(), {D, B, P}),
+         dc0 = wanted(c0.has_value(), {D, B, H});
   Tensor dw_ih = wanted(need_dw, {D, 4 * H, I}), dw_hh = wanted(need_dw, {D, 4 * H, P}),
          db = wanted(need_dw, {D, 4 * H});
   Tensor dw_hr = wanted(need_dw && projected, {D, P, H});
@@ -234,8 +234,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
   p.dc_n = pointer(dc_n_in);
   p.dc = pointer(dc_in);
   p.dx = need_dx ? dx.data_ptr() : nullptr;
-  p.dh0 = dh0.data_ptr();
-  p.dc0 = dc0.data_ptr();
+  p.dh0 = h0 ? dh0.data_ptr() : nullptr;
+  p.dc0 = c0 ? dc0.data_ptr() : nullptr;
   if (need_dw) {
     p.dw_ih = dw_ih.data_ptr();
     p.dw_hh = dw_hh.data_ptr();

@@ -63,8 +63,8 @@ struct LayerBackward {
   const void* dc_n;  // [D, B, H] or null
   const void* dc;    // [T, B, D, H], gradient of the reserve's c (compute type), or null
   void* dx;          // [T, B, I] or null (not wanted)
-  void* dh0;         // [D, B, P]
-  void* dc0;         // [D, B, H]
+  void* dh0;         // [D, B, P] or null (not wanted)
+  void* dc0;         // [D, B, H] or null
   void* dw_ih;       // [D, 4H, I]; null: no weight gradient is wanted
   void* dw_hh;       // [D, 4H, P]
   void* db;          // [D, 4H]

@@ -43,7 +43,9 @@ def fused_layer(
     if torch.is_grad_enabled() and _requires_grad(x, flat, h0, c0):
         if c0 is not None and c0 is h0:
             c0 = c0.view_as(c0)  # torch.compile refuses the same tensor twice
-        y, h_n, c_n, _, c = _Layer.apply(x, h0, c0, lengths, reset, reversed, cells, D, *flat)
+        transformed = torch._C._are_functorch_transforms_active()
+        function = _TransformedLayer if transformed else _Layer
+        y, h_n, c_n, _, c = function.apply(x, h0, c0, lengths, reset, reversed, cells, D, *flat)
         return y, h_n, c_n, c
     w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
     y, h_n, c_n, _, c = ops.layer_forward(
@@ -97,8 +99,11 @@ def _by_kind(
     return flat[:D], flat[D : 2 * D], flat[2 * D : end], flat[end:]
 
 
-class _Layer(torch.autograd.Function):
-    """y, h_n, c_n, gates, c of a layer; gates, and c unless asked for, carry no gradient."""
+class _TransformedLayer(torch.autograd.Function):
+    """y, h_n, c_n, gates, c of a layer; gates, and c unless asked for, carry no gradient.
+
+    In the form that torch.func asks for.
+    """
 
     @staticmethod
     def forward(
@@ -149,8 +154,7 @@ class _Layer(torch.autograd.Function):
         )  # fmt: skip
         dflat: list[Tensor | None] = [None] * len(flat)
         if any(needs_flat):
-            # The two biases have equal gradients, in storage of their own: optimizers write into
-            # them.
+            # Both biases have the same gradient, in storage of their own: optimizers write to it.
             parts = [dw_ih, dw_hh] + ([db, db.clone()] if bias else []) + ([dw_hr] if w_hr else [])
             dflat = [part[d] for part in parts for d in range(D)]
         return (
@@ -160,6 +164,20 @@ class _Layer(torch.autograd.Function):
             None, None, None, None, None,
             *dflat,
         )  # fmt: skip
+
+
+class _Layer(torch.autograd.Function):
+    """The same outside torch.func, where ``apply`` need not bind arguments: that would cost more
+    than a small layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        outputs = _TransformedLayer.forward(*inputs)
+        _TransformedLayer.setup_context(ctx, inputs, outputs)
+        return outputs
+
+    backward = staticmethod(_TransformedLayer.backward)
 
 
 def _differentiable_backward(

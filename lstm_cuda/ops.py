@@ -138,9 +138,9 @@ def layer_backward(
         need_dw: compute the gradients of the weights.
 
     Returns:
-        dx [T, B, I] ([0] unless ``need_dx``), dh0 [D, B, P], dc0 [D, B, H], dw_ih [D, 4H, I], dw_hh
-        [D, 4H, P], db [D, 4H] (of either bias), dw_hr [D, P, H] ([0] without projection); the last
-        four are [0] unless ``need_dw``. All in x's dtype.
+        dx [T, B, I] ([0] unless ``need_dx``), dh0 [D, B, P] and dc0 [D, B, H] ([0] without h0, c0),
+        dw_ih [D, 4H, I], dw_hh [D, 4H, P], db [D, 4H] (of either bias), dw_hr [D, P, H] ([0]
+        without projection); the last four are [0] unless ``need_dw``. All in x's dtype.
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _backward(
         dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed, y, gates, c,
@@ -208,8 +208,8 @@ def _layer_backward_fake(
     features = x.shape[2]
     return (
         x.new_empty((T, B, features) if need_dx else 0),
-        x.new_empty(D, B, P),
-        x.new_empty(D, B, H),
+        x.new_empty((D, B, P) if h0 is not None else 0),
+        x.new_empty((D, B, H) if c0 is not None else 0),
         x.new_empty((D, 4 * H, features) if need_dw else 0),
         x.new_empty((D, 4 * H, P) if need_dw else 0),
         x.new_empty((D, 4 * H) if need_dw else 0),

@@ -28,7 +28,10 @@ def device(request: pytest.FixtureRequest) -> str:
 def _repeatable() -> Iterator[None]:
     """Fill uninitialised memory with NaN: an output that is not written must not look right."""
     torch.manual_seed(20)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: waking threads would take most of the time
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)

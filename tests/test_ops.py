@@ -62,6 +62,23 @@ def test_accuracy_of_each_cpu_capability(capability: str, dtype: torch.dtype) ->
         ops._C.set_cpu_capability(before)
 
 
+# Enough work to be shared out: by rows, by directions, and with fewer rows than threads.
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize(
+    "p",
+    [
+        Problem(6, 67, 64, 65, lengths=True, reset=True),
+        Problem(5, 2, 100, 130, bidirectional=True, P=60),
+        Problem(3, 1, 64, 300),
+    ],
+    ids=str,
+)
+def test_accuracy_with_threads(p: Problem, dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    assert_accurate(p, make(p), dtype)
+
+
 @pytest.mark.parametrize("save, cells", [*itertools.product([False, True], repeat=2)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 def test_what_is_returned(dtype: torch.dtype, save: bool, cells: bool, device: str) -> None:
@@ -108,7 +125,7 @@ def test_opcheck_forward(p: Problem, save: bool) -> None:
 
 
 @pytest.mark.parametrize("need_dx, need_dw", [*itertools.product([False, True], repeat=2)])
-@pytest.mark.parametrize("p", [SMALL, Problem(3, 2, 3, 5, bidirectional=True)], ids=str)
+@pytest.mark.parametrize("p", [SMALL, Problem(3, 2, 3, 5, bidirectional=True, hx=False)], ids=str)
 def test_opcheck_backward(p: Problem, need_dx: bool, need_dw: bool) -> None:
     d = make(p)
     with torch.no_grad():
@@ -117,8 +134,8 @@ def test_opcheck_backward(p: Problem, need_dx: bool, need_dw: bool) -> None:
     grads = [d.cotangents[name] for name in ("y", "h_n", "c_n")]
     for dy, dh_n, dc_n in [grads, (None, grads[1], None)]:
         args = (
-            dy, dh_n, dc_n, None, x, w_ih, w_hh, w_hr, *d.hx, d.lengths, d.reset, 2, y, gates, c,
-            need_dx, need_dw,
+            dy, dh_n, dc_n, None, x, w_ih, w_hh, w_hr, *(d.hx or (None, None)),
+            d.lengths, d.reset, 2, y, gates, c, need_dx, need_dw,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.lstm_cuda.layer_backward.default, args)
 

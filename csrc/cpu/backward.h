@@ -19,13 +19,14 @@ struct BackwardWeights {
   Panels<M> w_hr;        // depth units(P), columns H
   bool w_ih_on_the_way;  // used by one chunk alone: packed panel by panel as it is needed
 
-  void reserve(Arena& arena, const LayerShape& s, bool need_dx, bool one_chunk) {
+  // Without a step before the last, and with no wish for dh0, nothing is multiplied by w_hh.
+  void reserve(Arena& arena, const LayerShape& s, bool need_dx, bool need_dh0, bool one_chunk) {
     const auto panels = [&](int64_t depth, int64_t columns, bool keep) {
       return Panels<M>{arena.take<Unit>(keep ? Panels<M>::size(units<M>(depth), columns) : 0),
                        units<M>(depth), columns};
     };
     w_ih_on_the_way = one_chunk;
-    w_hh = panels(4 * s.H, s.P, true);
+    w_hh = panels(s.T > 1 || need_dh0 ? 4 * s.H : 0, s.P, true);
     w_ih = panels(4 * s.H, need_dx ? s.I : 0, !one_chunk);
     w_hr = panels(s.P, s.projected ? s.H : 0, true);
   }
@@ -186,8 +187,14 @@ class BackwardJob {
     for (int64_t k = 0; k < count; ++k) jobs[k].follow_carry(walks[k]);
   }
 
+  // Items of finish().
   int64_t panels() const { return w_.w_hh.count(); }
+  void finish(const Walk& walk, int64_t n) const {
+    if (p_.dh0) finish_h(walk, n);
+    if (p_.dc0 && n == 0) finish_c(walk);
+  }
 
+ private:
   // dh0 of panel n.
   void finish_h(const Walk& walk, int64_t n) const {
     const int64_t base = d_ * s_.B + b0_;
@@ -218,7 +225,6 @@ class BackwardJob {
     }
   }
 
- private:
   const Element* zeros() const { return reinterpret_cast<const Element*>(zeros_); }
 
   // dgates of a row's latest step move out of the way of the next chunk.

@@ -88,7 +88,8 @@ class Layer {
                   count = plan.parts * s.D;
     Arena arena(block);
     std::vector<BackwardWeights<M>> weights(s.D);
-    for (auto& w : weights) w.reserve(arena, s, p.dx != nullptr, chunk == s.T && plan.parts == 1);
+    for (auto& w : weights)
+      w.reserve(arena, s, p.dx != nullptr, p.dh0 != nullptr, chunk == s.T && plan.parts == 1);
     std::vector<WeightGradients<T>> dw = weight_gradients(p, plan, arena);
     std::vector<ChunkGradients<M>>
         chunks;  // part by part, directions within; so are the jobs and the products
@@ -211,8 +212,7 @@ class Layer {
       const int64_t panels = job[0].panels();
       worker.each(s.D * panels, [&](int64_t item) {
         const int64_t d = item / panels;
-        job[d].finish_h(mine[d], item % panels);
-        if (item % panels == 0) job[d].finish_c(mine[d]);
+        job[d].finish(mine[d], item % panels);
       });
     }
 
