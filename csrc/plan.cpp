@@ -26,7 +26,7 @@ void share(CpuPlan& plan, const LayerShape& s, int threads, bool backward) {
   // In the backward pass, directions add into the same dx, so a part is run for all of them by one
   // worker.
   const int64_t tasks = backward ? 1 : s.D, wanted = (threads + tasks - 1) / tasks;
-  plan.in_step = bytes > kCoreCache ? s.B < 64 * threads : (s.B < wanted && s.H >= 192);
+  plan.in_step = bytes > kCoreCache ? s.B < 256 * threads : (s.B < wanted && s.H >= 192);
   plan.parts = plan.in_step ? 1 : std::max<int64_t>(1, std::min(wanted, s.B));
   plan.workers = int(plan.in_step ? threads : std::min<int64_t>(threads, plan.parts * tasks));
 }
@@ -50,7 +50,7 @@ CpuPlan plan_cpu(const LayerShape& s, int threads, bool backward) {
   // Pre-activations should stay in the cache until their step; wide layers gain more from reading
   // w_ih seldom. Gradients of a chunk should stay there until they are multiplied, and sums of wide
   // layers, which do not, should be touched seldom.
-  plan.chunk_rows = backward     ? std::max<int64_t>({(32 << 10) / s.H, 256, s.H / 2})
+  plan.chunk_rows = backward     ? std::max<int64_t>({(64 << 10) / s.H, 256, s.H})
                     : s.H >= 512 ? 512
                                  : std::clamp<int64_t>((16 << 10) / s.H, 64, 256);
   const bool one_chunk = s.T <= plan.chunk_steps(s, rows);
