@@ -28,7 +28,8 @@ void share(CpuPlan& plan, const LayerShape& s, int threads, bool backward) {
   const int64_t tasks = backward ? 1 : s.D, wanted = (threads + tasks - 1) / tasks;
   plan.in_step = bytes > kCoreCache ? s.B < 256 * threads : (s.B < wanted && s.H >= 192);
   plan.parts = plan.in_step ? 1 : std::max<int64_t>(1, std::min(wanted, s.B));
-  plan.workers = int(plan.in_step ? threads : std::min<int64_t>(threads, plan.parts * tasks));
+  const int64_t in_step = std::clamp<int64_t>(s.H / 64, 1, threads);  // a slice worth a meeting
+  plan.workers = int(plan.in_step ? in_step : std::min<int64_t>(threads, plan.parts * tasks));
 }
 
 }  // namespace
@@ -42,11 +43,13 @@ CpuPlan plan_cpu(const LayerShape& s, int threads, bool backward) {
   // Packing costs about as much as six rows of products; one row alone reads long rows of w at full
   // speed anyway.
   const bool few_steps = s.T * rows <= 6 || (rows == 1 && s.T <= 16);
-  plan.recurrent = few_steps || (rows == 1 && s.H >= 512) ? Weights::unpacked : Weights::packed;
+  plan.recurrent = few_steps || (rows == 1 && s.H >= 512 && s.dtype != Dtype::bfloat16)
+                       ? Weights::unpacked
+                       : Weights::packed;
 
   // Within the step, x needs no pre-activations in memory, if there are rows enough to keep the
   // arithmetic busy and both matrices stay in a core's cache.
-  plan.input_within_step = rows >= 6 && s.T > 1 && weight_bytes <= kCoreCache * 5 / 8;
+  plan.input_within_step = rows >= 6 && weight_bytes <= kCoreCache * 5 / 8;
   // Pre-activations should stay in the cache until their step; wide layers gain more from reading
   // w_ih seldom. Gradients of a chunk should stay there until they are multiplied, and sums of wide
   // layers, which do not, should be touched seldom.

@@ -110,7 +110,7 @@ class ForwardJob {
         for (int64_t k = 0; k < count; ++k)
           jobs[k].plan_step(walks[k], jobs[k].schedule_.time(index), first, last);
         each_range([&](const ForwardJob& job, Walk& walk, int64_t n0, int64_t n1) {
-          job.step(walk, job.schedule_.time(index), n0, n1, index & 1);
+          job.step(walk, index, n0, n1);
         });
         if (panels > 0) {
           worker.each(count * panels, [&](int64_t item) {
@@ -201,6 +201,7 @@ class ForwardJob {
     if (plan_.input == Weights::unpacked) {
       for (int64_t q = 0; q < walk.products; ++q) {
         for (int64_t n = n0; n < n1; ++n) {
+#pragma GCC unroll 4
           for (int gate = 0; gate < 4; ++gate) {
             store<T>(walk.product[q].gates + gate * s_.H + n * lanes,
                      load<T>(w_.bias + (n * 4 + gate) * lanes), lanes_left(n * lanes, s_.H, lanes));
@@ -230,15 +231,19 @@ class ForwardJob {
           const Product* const product = walk.product + first;
           Vec<T> acc[R][4];
           const Unit* a[R];
+#pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
             a[r] = product[r].x + k0;
+#pragma GCC unroll 4
             for (int gate = 0; gate < 4; ++gate) {
               acc[r][gate] = k0 == 0 ? load<T>(w_.bias + (n * 4 + gate) * lanes)
                                      : load<T>(product[r].gates + gate * s_.H + j0, left);
             }
           }
           accumulate<M, R, 4>(acc, a, group + k0 * 4 * lanes, depth);
+#pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
             for (int gate = 0; gate < 4; ++gate)
               store<T>(product[r].gates + gate * s_.H + j0, acc[r][gate], left);
           }
@@ -273,12 +278,12 @@ class ForwardJob {
     }
   }
 
-  // Step t for groups n0 .. n1. Every second step walks the groups backwards, so that it starts
+  // A step for groups n0 .. n1. Every second step walks the groups backwards, so that it starts
   // with the weights that are still in the cache.
-  void step(const Walk& walk, int64_t t, int64_t n0, int64_t n1, bool backwards) const {
-    if (n0 == 0) clear_idle(walk, t);
-    int64_t depth = units<M>(s_.P);
-    if (!w_.w_hh) {
+  void step(const Walk& walk, int64_t index, int64_t n0, int64_t n1) const {
+    if (n0 == 0) clear_idle(walk, schedule_.time(index));
+    int64_t depth = index == 0 && !p_.h0 ? 0 : units<M>(s_.P);  // nothing to multiply w_hh by
+    if (depth > 0 && !w_.w_hh) {
       multiply_unpacked<T>(
           static_cast<const S*>(p_.w_hh[d_]), s_.H, s_.P, n0, n1, walk.rows,
           [&](int64_t q) { return reinterpret_cast<const Element*>(walk.row[q].h); },
@@ -286,7 +291,7 @@ class ForwardJob {
       depth = 0;
     }
     for (int64_t i = n0; i < n1; ++i) {
-      const int64_t n = backwards ? n0 + n1 - 1 - i : i;
+      const int64_t n = index & 1 ? n0 + n1 - 1 - i : i;
       for_row_tiles(walk.rows, [&]<int R>(int64_t first) { cells<R>(walk.row + first, n, depth); });
     }
   }
@@ -322,6 +327,7 @@ class ForwardJob {
     }
     if (within_step) {
       const Unit* x[R];
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) x[r] = row[r].x;
       accumulate<M, R, 4>(acc, x, w_.group_of(w_.w_ih, s_.I, n), units<M>(s_.I));
     }
@@ -362,9 +368,12 @@ class ForwardJob {
       for_row_tiles(walk.rows, [&]<int R>(int64_t first) {
         Vec<T> acc[R][N] = {};
         const Unit* m[R];
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) m[r] = reinterpret_cast<const Unit*>(walk.row[first + r].m);
         accumulate<M, R, N>(acc, m, w_.w_hr.panel(n), w_.w_hr.K);
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
           for (int v = 0; v < N; ++v) {
             const int64_t j = n * w_.w_hr.width + v * lanes;
             store_output(walk.row[first + r], j, acc[r][v], lanes_left(j, s_.P, lanes));

@@ -16,11 +16,14 @@ struct ForwardWeights {
 
   static int64_t groups(int64_t H) { return (H + kLanes<T> - 1) / kLanes<T>; }
 
-  void reserve(Arena& arena, const LayerShape& s, const CpuPlan& plan) {
+  void reserve(Arena& arena, const LayerForward& p, const CpuPlan& plan) {
+    const LayerShape& s = p.shape;
     const int64_t padded = groups(s.H) * 4 * kLanes<T>;
     bias = arena.take<T>(padded);
     w_ih = plan.input == Weights::packed ? arena.take<Unit>(padded * units<M>(s.I)) : nullptr;
-    w_hh = plan.recurrent == Weights::packed ? arena.take<Unit>(padded * units<M>(s.P)) : nullptr;
+    w_hh = plan.recurrent == Weights::packed && (s.T > 1 || p.h0)
+               ? arena.take<Unit>(padded * units<M>(s.P))
+               : nullptr;
     w_hr = {s.projected ? arena.take<Unit>(Panels<M>::size(units<M>(s.H), s.P)) : nullptr,
             units<M>(s.H), s.P};
   }

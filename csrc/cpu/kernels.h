@@ -52,7 +52,7 @@ class Layer {
     const LayerShape& s = p.shape;
     Arena arena(block);
     std::vector<ForwardWeights<M>> weights(s.D);
-    for (auto& w : weights) w.reserve(arena, s, plan);
+    for (auto& w : weights) w.reserve(arena, p, plan);
     std::vector<Job> jobs;  // part by part, directions within
     jobs.reserve(plan.parts * s.D);
     for (int64_t k = 0; k < plan.parts * s.D; ++k)

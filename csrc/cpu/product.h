@@ -163,6 +163,9 @@ LSTM_INLINE void accumulate(Vec<typename M::Compute> (&acc)[R][N],
     for (int v = 0; v < N; ++v) acc[r][v] += rest[r][v];
 }
 
+// Loops over the rows and vectors of a tile carry an unroll pragma everywhere: without it GCC 12 may
+// keep the accumulators in memory.
+
 // Calls body.template operator()<R>(first) for tiles that cover rows 0..count, all of nearly equal
 // height.
 template <int R = kRows, class Body>
