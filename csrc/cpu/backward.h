@@ -202,14 +202,11 @@ class BackwardJob {
       for_row_tiles(rows_, [&]<int R>(int64_t first) {
         Vec<T> acc[R][N] = {};
         const Unit* a[R];
-#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) a[r] = reinterpret_cast<const Unit*>(walk.carry[first + r]);
         accumulate<M, R, N>(acc, a, w_.w_hh.panel(n), w_.w_hh.K);
-#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const int64_t b = first + r;
           const bool unused = schedule_.length(b0_ + b) == 0;  // h_n is h_0
-#pragma GCC unroll 4
           for (int v = 0; v < N; ++v) {
             const int64_t j = n * w_.w_hh.width + v * lanes, at = (base + b) * s_.P + j;
             const int left = lanes_left(j, s_.P, lanes);
@@ -316,10 +313,8 @@ class BackwardJob {
         const Row* const row = walk.row + first;
         Vec<T> acc[R][N];
         const Unit* a[R];
-#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           a[r] = operand(row[r]);
-#pragma GCC unroll 4
           for (int v = 0; v < N; ++v) {
             const int64_t j = n * panels.width + v * lanes;
             acc[r][v] =
@@ -327,9 +322,7 @@ class BackwardJob {
           }
         }
         accumulate<M, R, N>(acc, a, panels.panel(n), panels.K);
-#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
           for (int v = 0; v < N; ++v) use(row[r], n * panels.width + v * lanes, acc[r][v]);
         }
       });

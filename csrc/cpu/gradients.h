@@ -110,13 +110,10 @@ class GradientJob {
       for_row_tiles(walk.count, [&]<int R>(int64_t first) {
         Vec<T> acc[R][N] = {};
         const Unit* a[R];
-#pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
           a[r] = reinterpret_cast<const Unit*>(walk.product[first + r].dgates);
         accumulate<M, R, N>(acc, a, panel, w_.w_ih.K);
-#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
           for (int v = 0; v < N; ++v) {
             const int64_t j = n * w_.w_ih.width + v * lanes;
             const int left = lanes_left(j, s_.I, lanes);
@@ -219,12 +216,9 @@ class GradientJob {
       for_row_tiles(end - start, [&]<int Rows>(int64_t first) {
         Vec<T> acc[Rows][N] = {};
         const Unit* a[Rows];
-#pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) a[r] = left_operand + (start + first + r) * depth_;
         accumulate<M, Rows, N>(acc, a, walk.panel, K);
-#pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
           for (int v = 0; v < N; ++v) {
             const int64_t j = n * Panels<M>::width + v * lanes;
             const int left = lanes_left(j, columns, lanes);

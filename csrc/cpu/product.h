@@ -163,8 +163,8 @@ LSTM_INLINE void accumulate(Vec<typename M::Compute> (&acc)[R][N],
     for (int v = 0; v < N; ++v) acc[r][v] += rest[r][v];
 }
 
-// Loops over the rows and vectors of a tile carry an unroll pragma everywhere: without it GCC 12 may
-// keep the accumulators in memory.
+// The loops of the forward pass that fill accumulators carry an unroll pragma: without it GCC 12 keeps
+// some of them in memory. With it, those of the backward pass were seen to lose 4 %.
 
 // Calls body.template operator()<R>(first) for tiles that cover rows 0..count, all of nearly equal
 // height.
