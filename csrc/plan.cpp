@@ -42,14 +42,13 @@ CpuPlan plan_cpu(const LayerShape& s, int threads, bool backward) {
 
   // Packing costs about as much as six rows of products; one row alone reads long rows of w at full
   // speed anyway.
-  const bool few_steps = s.T * rows <= 6 || (rows == 1 && s.T <= 16);
-  plan.recurrent = few_steps || (rows == 1 && s.H >= 512 && s.dtype != Dtype::bfloat16)
-                       ? Weights::unpacked
-                       : Weights::packed;
+  const bool few = s.T * rows <= 6;
+  const bool one_row = rows == 1 && (s.T <= 16 || (s.H >= 512 && s.dtype != Dtype::bfloat16));
+  plan.recurrent = few || one_row ? Weights::unpacked : Weights::packed;
 
   // Within the step, x needs no pre-activations in memory, if there are rows enough to keep the
-  // arithmetic busy and both matrices stay in a core's cache.
-  plan.input_within_step = rows >= 6 && weight_bytes <= kCoreCache * 5 / 8;
+  // arithmetic busy and both matrices, packed, stay in a core's cache.
+  plan.input_within_step = !few && rows >= 6 && weight_bytes <= kCoreCache * 5 / 8;
   // Pre-activations should stay in the cache until their step; wide layers gain more from reading
   // w_ih seldom. Gradients of a chunk should stay there until they are multiplied, and sums of wide
   // layers, which do not, should be touched seldom.
@@ -57,7 +56,7 @@ CpuPlan plan_cpu(const LayerShape& s, int threads, bool backward) {
                     : s.H >= 512 ? 512
                                  : std::clamp<int64_t>((16 << 10) / s.H, 64, 256);
   const bool one_chunk = s.T <= plan.chunk_steps(s, rows);
-  plan.input = s.T * rows <= 6                        ? Weights::unpacked
+  plan.input = few                                    ? Weights::unpacked
                : one_chunk && !plan.input_within_step ? Weights::packed_on_the_way
                                                       : Weights::packed;
   return plan;

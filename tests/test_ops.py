@@ -62,6 +62,30 @@ def test_accuracy_of_each_cpu_capability(capability: str, dtype: torch.dtype) ->
         ops._C.set_cpu_capability(before)
 
 
+@pytest.mark.parametrize("hx", [True, False], ids=["hx", "no-hx"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_accuracy_where_packing_begins_to_pay(dtype: torch.dtype, hx: bool, device: str) -> None:
+    for T, B in itertools.product((1, 2, 3, 7), range(1, 9)):
+        p = Problem(T, B, 5, 9, hx=hx)
+        d = make(p, device)
+        assert_accurate(p, d, dtype)
+        given = d.to(dtype)
+        with torch.no_grad():
+            inference, training = (forward(p, given, save, False)[:3] for save in (False, True))
+        for a, b in zip(inference, training, strict=True):
+            assert_equal(a, b)
+
+
+def test_x_is_multiplied_within_the_step_only_by_packed_weights() -> None:
+    seen = set()
+    for T, B, H in itertools.product((1, 2, 3, 20), range(1, 40), (1, 9, 64, 200, 600)):
+        for dtype in DTYPES:
+            plan = ops.plan(T, B, 1, H, H, H, dtype, False)
+            assert plan["weights_packed"] or not plan["input_within_step"], (T, B, H, dtype)
+            seen.add((plan["weights_packed"], plan["input_within_step"]))
+    assert len(seen) == 3
+
+
 # Enough work to be shared out: by rows, by directions, and with fewer rows than threads.
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
