@@ -15,6 +15,7 @@ except ModuleNotFoundError:  # torch ships the headers too
     pybind11 = None
 
 ROOT = Path(__file__).resolve().parent
+CUDA_OPS = "csrc/ops_cuda.cpp"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # torch 2.11: the oldest that the binary loads on
 
 version_line = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
@@ -28,12 +29,19 @@ def sources(*patterns: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 
+def toolkit() -> Path | None:
+    """The CUDA toolkit: torch's guess, which takes any nvcc on PATH for a part of one, if it is."""
+    guesses = [cpp_extension.CUDA_HOME, "/usr/local/cuda"]
+    paths = [Path(guess) for guess in guesses if guess]
+    return next((p for p in paths if (p / "include" / "cuda_runtime.h").is_file()), None)
+
+
 def wants_cuda() -> bool:
     """Whether to compile CUDA kernels: as LSTM_CUDA_BUILD says, else if there is what it takes."""
     missing = []
     if torch.version.cuda is None:
         missing.append(f"torch {torch.__version__} has no CUDA; install a CUDA build of torch")
-    if cpp_extension.CUDA_HOME is None:
+    if toolkit() is None:
         missing.append("no CUDA toolkit was found; install one, or set CUDA_HOME to it")
     if not sources("cuda/*.cu"):
         missing.append("this source tree has no CUDA kernels (csrc/cuda/*.cu)")
@@ -68,12 +76,15 @@ def extension(with_cuda: bool) -> Extension:
     # -g0 undoes Python's own -g: debug information makes the binary ten times as large.
     flags = {"cxx": ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden"]}
     flags["cxx"] += ["-Wall", "-Wextra", *system]
-    files = sources("*.cpp", "cpu/*.cpp")
+    # Plans for CUDA devices are made in every build; ops_cuda.cpp and .cu files need a toolkit.
+    files = [name for name in sources("*.cpp", "cpu/*.cpp", "cuda/*.cpp") if name != CUDA_OPS]
     if with_cuda:
-        defines.append(("LSTM_CUDA_WITH_CUDA", "1"))
+        cpp_extension.CUDA_HOME = str(toolkit())
+        # USE_CUDA: torch's headers show the current CUDA stream only then.
+        defines += [("LSTM_CUDA_WITH_CUDA", "1"), ("USE_CUDA", "1")]
         threads = os.environ.get("NVCC_THREADS", "1")
         flags["nvcc"] = ["-std=c++20", "-O3", f"--threads={threads}"]
-        files += sources("cuda/*.cpp", "cuda/*.cu")
+        files += [CUDA_OPS, *sources("cuda/*.cu")]
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures())
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     return make(

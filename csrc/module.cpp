@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cuda/dispatch.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -49,8 +50,8 @@ lstm_cuda::Dtype dtype_named(const std::string& name) {
                               "'");
 }
 
-py::dict plan(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_t P,
-              const std::string& dtype, int threads, bool backward) {
+py::dict plan_cpu(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_t P,
+                  const std::string& dtype, int threads, bool backward) {
   using namespace py::literals;
   const lstm_cuda::LayerShape shape{dtype_named(dtype), T, B, D, I, H, P, 0, P != H};
   const lstm_cuda::CpuPlan plan = lstm_cuda::plan_cpu(shape, threads, backward);
@@ -60,6 +61,31 @@ py::dict plan(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_t P,
                   "capability"_a = lstm_cuda::cpu_capability());
 }
 
+std::vector<std::string> kernel_families() {
+  std::vector<std::string> names;
+  for (lstm_cuda::Family family : lstm_cuda::kFamilies) names.push_back(lstm_cuda::name_of(family));
+  return names;
+}
+
+py::dict plan_cuda(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_t P,
+                   const std::string& dtype, bool backward, bool allow_tf32, int architecture,
+                   int multiprocessors, int64_t shared_bytes, int device) {
+  using namespace py::literals;
+  const lstm_cuda::LayerShape shape{dtype_named(dtype), T, B, D, I, H, P, 0, P != H};
+  const lstm_cuda::CudaPlan plan =
+      lstm_cuda::plan_cuda(shape, lstm_cuda::cuda_request(device, allow_tf32, backward),
+                           {architecture, multiprocessors, shared_bytes});
+  py::dict result("kernel"_a = lstm_cuda::name_of(plan.family), "possible"_a = plan.possible,
+                  "arithmetic"_a = lstm_cuda::name_of(plan.arithmetic), "because"_a = plan.reason);
+  if (plan.family == lstm_cuda::Family::rec_cta) {
+    result["padded_hidden"] = plan.padded_hidden;
+  } else {
+    result["tile"] = lstm_cuda::name_of(plan.tile);
+    result["launches_overlap"] = plan.overlap;
+  }
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -67,6 +93,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("cpu_capability", &lstm_cuda::cpu_capability);
   m.def("set_cpu_capability", &set_cpu_capability, py::arg("name"));
-  m.def("plan", &plan, py::arg("T"), py::arg("B"), py::arg("D"), py::arg("I"), py::arg("H"),
+  m.def("forced_kernel", &lstm_cuda::forced_kernel);
+  m.def("force_kernel", &lstm_cuda::force_kernel, py::arg("name"));
+  m.def("kernel_families", &kernel_families);
+  m.def("plan_cuda", &plan_cuda, py::arg("T"), py::arg("B"), py::arg("D"), py::arg("I"),
+        py::arg("H"), py::arg("P"), py::arg("dtype"), py::arg("backward"), py::arg("allow_tf32"),
+        py::arg("architecture"), py::arg("multiprocessors"), py::arg("shared_bytes"),
+        py::arg("device"));
+  m.def("plan_cpu", &plan_cpu, py::arg("T"), py::arg("B"), py::arg("D"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("dtype"), py::arg("threads"), py::arg("backward"));
 }

@@ -14,6 +14,8 @@ namespace lstm_cuda {
 
 enum class Dtype { float64, float32, float16, bfloat16 };
 
+constexpr int kMaxRecurrences = 64;  // D of one call
+
 struct LayerShape {
   Dtype dtype;        // of every floating tensor but the reserve
   int64_t T, B, D;    // time, batch, recurrences

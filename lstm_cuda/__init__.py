@@ -7,7 +7,7 @@ from .explain import explain
 from .functional import fused_lstm
 from .lstm_cell import FusedLSTMCell
 from .module import FusedLSTM
-from .ops import build_info
+from .ops import build_info, force_kernel
 
 try:
     __version__ = version("lstm_cuda")
@@ -21,5 +21,6 @@ __all__ = [
     "build_info",
     "convert",
     "explain",
+    "force_kernel",
     "fused_lstm",
 ]

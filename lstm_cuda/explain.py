@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .functional import autocast_dtype
+from .layer import tf32_allowed
 from .module import FusedLSTM
 
 
@@ -55,8 +56,13 @@ def explain(module: FusedLSTM, x: Tensor | PackedSequence) -> str:
     for layer in range(module.num_layers):
         features = module.input_size if layer == 0 else D * P
         line = f"layer {layer}: {D} x LSTM {features} -> {H}" + (f" -> {P}" if P != H else "")
-        for backward in (False, True)[: 1 + training] if device == "cpu" else ():
-            plan = ops.plan(T, B, D, features, H, P, dtype, backward)
+        for backward in (False, True)[: 1 + training] if device in ("cpu", "cuda") else ():
+            sizes = (T, B, D, features, H, P, dtype, backward)
+            if device == "cpu":
+                plan = ops.plan_cpu(*sizes)
+            else:
+                allow_tf32 = tf32_allowed(device, dtype)
+                plan = ops.plan_cuda(*sizes, allow_tf32, ops.CudaDevice.of(data.device))
             line += f"\n  {'backward' if backward else 'forward'}: "
             line += ", ".join(f"{key}={value}" for key, value in plan.items())
         lines.append(line)

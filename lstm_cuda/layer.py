@@ -40,18 +40,29 @@ def fused_layer(
     # w_ih of each recurrence, then w_hh of each, and so on: the order of the op's lists.
     flat = weights[0] if D == 1 else [w for column in zip(*weights, strict=True) for w in column]
     _refuse_transforms(x, flat, h0, c0)
+    allow_tf32 = tf32_allowed(x.device.type, x.dtype)
     if torch.is_grad_enabled() and _requires_grad(x, flat, h0, c0):
         if c0 is not None and c0 is h0:
             c0 = c0.view_as(c0)  # torch.compile refuses the same tensor twice
         transformed = torch._C._are_functorch_transforms_active()
         function = _TransformedLayer if transformed else _Layer
-        y, h_n, c_n, _, c = function.apply(x, h0, c0, lengths, reset, reversed, cells, D, *flat)
+        y, h_n, c_n, _, c = function.apply(
+            x, h0, c0, lengths, reset, reversed, cells, D, allow_tf32, *flat
+        )
         return y, h_n, c_n, c
     w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
     y, h_n, c_n, _, c = ops.layer_forward(
-        x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, False, cells
+        x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, False, cells, allow_tf32
     )
     return y, h_n, c_n, c
+
+
+def tf32_allowed(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether torch's settings let a recurrence round the operands of its products to TF32."""
+    if device_type != "cuda" or dtype is not torch.float32:
+        return False
+    rnn = torch.backends.cudnn.rnn
+    return bool(rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def _requires_grad(
@@ -115,16 +126,17 @@ class _TransformedLayer(torch.autograd.Function):
         reversed: int,
         cells: bool,
         D: int,
+        allow_tf32: bool,
         *flat: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
         return ops.layer_forward(
-            x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, True, cells
+            x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, True, cells, allow_tf32
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, h0, c0, lengths, reset, ctx.reversed, cells, ctx.D, *flat = inputs
+        x, h0, c0, lengths, reset, ctx.reversed, cells, ctx.D, ctx.allow_tf32, *flat = inputs
         y, _, _, gates, c = output
         ctx.set_materialize_grads(False)  # an absent gradient stays absent, down to the kernel
         if cells:
@@ -143,14 +155,14 @@ class _TransformedLayer(torch.autograd.Function):
         dc: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         x, h0, c0, lengths, reset, y, gates, c, *flat = ctx.saved_tensors
-        needs_x, needs_h0, needs_c0, _, _, _, _, _, *needs_flat = ctx.needs_input_grad
+        needs_x, needs_h0, needs_c0, _, _, _, _, _, _, *needs_flat = ctx.needs_input_grad
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return _differentiable_backward(ctx, dy, dh_n, dc_n, dc)
         D = ctx.D
         w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
         dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = ops.layer_backward(
             dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed,
-            y, gates, c, needs_x, any(needs_flat),
+            y, gates, c, needs_x, any(needs_flat), ctx.allow_tf32,
         )  # fmt: skip
         dflat: list[Tensor | None] = [None] * len(flat)
         if any(needs_flat):
@@ -161,7 +173,7 @@ class _TransformedLayer(torch.autograd.Function):
             dx if needs_x else None,
             dh0 if needs_h0 else None,
             dc0 if needs_c0 else None,
-            None, None, None, None, None,
+            None, None, None, None, None, None,
             *dflat,
         )  # fmt: skip
 
@@ -190,7 +202,7 @@ def _differentiable_backward(
     """The gradients as differentiable functions: those of the layer recomputed by the reference."""
     x, h0, c0, lengths, reset, _, _, _, *flat = ctx.saved_tensors
     inputs = [x, h0, c0, *flat]
-    needs = ctx.needs_input_grad[:3] + ctx.needs_input_grad[8:]
+    needs = ctx.needs_input_grad[:3] + ctx.needs_input_grad[9:]
     wanted = [k for k, need in enumerate(needs) if need]
     present = [k for k, grad in enumerate((dy, dh_n, dc_n, dc)) if grad is not None]
 
@@ -208,4 +220,4 @@ def _differentiable_backward(
     cotangents = (grad for grad in (dy, dh_n, dc_n, dc) if grad is not None)
     for k, grad in zip(wanted, pull_back(tuple(cotangents)), strict=True):
         grads[k] = grad
-    return (*grads[:3], None, None, None, None, None, *grads[3:])
+    return (*grads[:3], None, None, None, None, None, None, *grads[3:])

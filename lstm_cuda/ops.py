@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,15 +38,98 @@ def build_info() -> dict[str, object]:
     return {**_C.build_info(), "cpu_capability": _C.cpu_capability()}
 
 
-def plan(
+def plan_cpu(
     T: int, B: int, D: int, features: int, H: int, P: int, dtype: torch.dtype, backward: bool
 ) -> dict[str, object]:
     """What the CPU path does for a layer of these sizes, with torch's number of threads."""
     require("cpu")
     name = str(dtype).removeprefix("torch.")
     threads = torch.get_num_threads()
-    result: dict[str, object] = _C.plan(T, B, D, features, H, P, name, threads, backward)
+    result: dict[str, object] = _C.plan_cpu(T, B, D, features, H, P, name, threads, backward)
     return result
+
+
+@dataclass(frozen=True)
+class CudaDevice:
+    """What the choice of a kernel depends on.
+
+    Attributes:
+        architecture: ten times the compute capability: 80, 86, 89, 90, 100, 120.
+        multiprocessors: their number.
+        shared_bytes: shared memory that one block may ask for.
+        index: torch's number of the device; refusals of kernels are remembered by it.
+    """
+
+    architecture: int
+    multiprocessors: int
+    shared_bytes: int
+    index: int = 0
+
+    @classmethod
+    def of(cls, device: torch.device) -> CudaDevice:
+        """The properties of a device of this machine."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        found = torch.cuda.get_device_properties(index)
+        return cls(
+            10 * found.major + found.minor,
+            found.multi_processor_count,
+            found.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+            index,
+        )
+
+
+def plan_cuda(
+    T: int,
+    B: int,
+    D: int,
+    features: int,
+    H: int,
+    P: int,
+    dtype: torch.dtype,
+    backward: bool,
+    allow_tf32: bool,
+    device: CudaDevice,
+) -> dict[str, object]:
+    """Which kernel family a layer of these sizes gets on a CUDA device, its parameters, and why.
+
+    Needs neither a GPU nor a build with CUDA.
+    """
+    require("cpu")
+    name = str(dtype).removeprefix("torch.")
+    result: dict[str, object] = _C.plan_cuda(
+        T, B, D, features, H, P, name, backward, allow_tf32, device.architecture,
+        device.multiprocessors, device.shared_bytes, device.index,
+    )  # fmt: skip
+    return result
+
+
+@contextmanager
+def force_kernel(name: str) -> Iterator[None]:
+    """Run every layer on CUDA with one kernel family, for tests and measurements.
+
+    The environment variable ``LSTM_CUDA_KERNEL`` does the same for a whole process. It holds for
+    all threads. A layer that the family cannot run raises.
+
+    Args:
+        name: ``"rec_cta"`` or ``"rec_step"``; ``""`` for the free choice.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    require("cpu")
+    before = _C.forced_kernel()
+    _force_kernel("name", name)
+    try:
+        yield
+    finally:
+        _C.force_kernel(before)
+
+
+def _force_kernel(argument: str, name: str) -> None:
+    families = _C.kernel_families()
+    if name not in ("", *families):
+        raise ValueError(f"{argument} must be one of {', '.join(families)}; got {name!r}")
+    _C.force_kernel(name)
 
 
 def require(device_type: str) -> None:
@@ -80,6 +166,7 @@ def layer_forward(
     reversed: int,
     save: bool,
     cells: bool,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer of D recurrences; the meaning is ``reference.lstm_layer``'s.
 
@@ -96,14 +183,15 @@ def layer_forward(
         reversed: bit d set: recurrence d runs backwards in time.
         save: keep what backward needs.
         cells: keep c.
+        allow_tf32: float32 products of the recurrence may round operands to TF32 (CUDA only).
 
     Returns:
         y [T, B, D*P] contiguous, h_n [D, B, P], c_n [D, B, H] in x's dtype; gates [T, B, D, 4H]
-        (activated i, f, g, o; [0] unless ``save``) and c [T, B, D, H] ([0] unless ``save`` or
-        ``cells``) in the compute dtype, float32 for 16-bit x.
+        (activated i, f, g, o; [0] unless ``save``) in ``saved_gates_dtype``; c [T, B, D, H] ([0]
+        unless ``save`` or ``cells``) in ``compute_dtype``.
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _forward(
-        x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, save, cells
+        x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, save, cells, allow_tf32
     )
     return result
 
@@ -127,6 +215,7 @@ def layer_backward(
     c: Tensor,
     need_dx: bool,
     need_dw: bool,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of ``layer_forward``; what it saved is only read.
 
@@ -136,6 +225,7 @@ def layer_backward(
         y, gates, c: as returned by it with ``save=True``.
         need_dx: compute dx.
         need_dw: compute the gradients of the weights.
+        allow_tf32: as for ``layer_forward``.
 
     Returns:
         dx [T, B, I] ([0] unless ``need_dx``), dh0 [D, B, P] and dc0 [D, B, H] ([0] without h0, c0),
@@ -144,7 +234,7 @@ def layer_backward(
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _backward(
         dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed, y, gates, c,
-        need_dx, need_dw,
+        need_dx, need_dw, allow_tf32,
     )  # fmt: skip
     return result
 
@@ -152,6 +242,14 @@ def layer_backward(
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of accumulation and of the cell state."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def saved_gates_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the gates are kept for backward.
+
+    On CUDA they take the place of their pre-activations, the result of a product in x's dtype.
+    """
+    return x.dtype if x.device.type == "cuda" else compute_dtype(x.dtype)
 
 
 def _sizes(x: Tensor, w_hh: Sequence[Tensor]) -> tuple[int, int, int, int, int]:
@@ -172,15 +270,15 @@ def _layer_forward_fake(
     reversed: int,
     save: bool,
     cells: bool,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, B, D, H, P = _sizes(x, w_hh)
-    saved = compute_dtype(x.dtype)
     return (
         x.new_empty(T, B, D * P),
         x.new_empty(D, B, P),
         x.new_empty(D, B, H),
-        x.new_empty((T, B, D, 4 * H) if save else 0, dtype=saved),
-        x.new_empty((T, B, D, H) if save or cells else 0, dtype=saved),
+        x.new_empty((T, B, D, 4 * H) if save else 0, dtype=saved_gates_dtype(x)),
+        x.new_empty((T, B, D, H) if save or cells else 0, dtype=compute_dtype(x.dtype)),
     )
 
 
@@ -203,6 +301,7 @@ def _layer_backward_fake(
     c: Tensor,
     need_dx: bool,
     need_dw: bool,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, B, D, H, P = _sizes(x, w_hh)
     features = x.shape[2]
@@ -218,6 +317,7 @@ def _layer_backward_fake(
 
 
 if load_error is None:
+    _force_kernel("LSTM_CUDA_KERNEL", os.environ.get("LSTM_CUDA_KERNEL", ""))
     # Looked up once: the three lookups by name cost as much as a check of all arguments.
     _forward = torch.ops.lstm_cuda.layer_forward.default
     _backward = torch.ops.lstm_cuda.layer_backward.default

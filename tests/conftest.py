@@ -8,7 +8,8 @@ import torch
 from lstm_cuda import ops
 
 
-def _cuda_missing() -> str | None:
+def cuda_missing() -> str | None:
+    """Why nothing can run on CUDA here, or None."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     if ops.load_error is None and not ops.build_info()["cuda"]:
@@ -18,7 +19,7 @@ def _cuda_missing() -> str | None:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    missing = _cuda_missing() if request.param == "cuda" else None
+    missing = cuda_missing() if request.param == "cuda" else None
     if missing is not None:
         pytest.skip(missing)
     return str(request.param)

@@ -18,5 +18,5 @@
 #include "arena.h"
 #include "dispatch.h"
 #include "parallel.h"
-#include "schedule.h"
+#include "../schedule.h"
 #include "team.h"

@@ -1,0 +1,92 @@
+// Types of the kernels by arithmetic, and sigmoid and tanh for the cell on a GPU.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "../cell.h"
+#include "plan.h"
+#include "ptx.cuh"
+
+namespace lstm_cuda {
+
+// Element: how tensors are stored. Compute: sums, cell state, pre-activations in registers.
+template <Arithmetic>
+struct Types {
+  using Element = float;
+  using Compute = float;
+};
+template <>
+struct Types<Arithmetic::float64> {
+  using Element = double;
+  using Compute = double;
+};
+template <>
+struct Types<Arithmetic::float16> {
+  using Element = __half;
+  using Compute = float;
+};
+template <>
+struct Types<Arithmetic::bfloat16> {
+  using Element = __nv_bfloat16;
+  using Compute = float;
+};
+
+LSTM_DEVICE double to_compute(double v) { return v; }
+LSTM_DEVICE float to_compute(float v) { return v; }
+LSTM_DEVICE float to_compute(__half v) { return __half2float(v); }
+LSTM_DEVICE float to_compute(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <class Element>
+LSTM_DEVICE Element to_element(double v) {
+  return v;
+}
+template <class Element>
+LSTM_DEVICE Element to_element(float v) {
+  if constexpr (sizeof(Element) == sizeof(float))
+    return v;
+  else if constexpr (std::is_same_v<Element, __half>)
+    return __float2half_rn(v);
+  else
+    return __float2bfloat16_rn(v);
+}
+
+// The Math that cell.h asks for.
+//   float64: the library's.
+//   float32, tf32: from 2^x and 1/x of the special function unit, a few units of the last place.
+//   16-bit: the tanh of the special function unit, whose relative error of 2^-11 is half a unit of
+//   the last place of float16.
+template <Arithmetic arithmetic>
+struct DeviceMath {
+  static LSTM_DEVICE float sigmoid(float x) {
+    return ptx::reciprocal_approx(1.f + ptx::exp2_approx(-1.44269504f * x));
+  }
+  static LSTM_DEVICE float tanh(float x) {
+    const float size = x < 0 ? -x : x;
+    // Near zero 1 - 2 / (1 + e^2x) cancels; there a minimax polynomial, relative error 3e-9.
+    const float u = x * x;
+    const float near =
+        x +
+        x * u *
+            (-0.333332986f +
+             u * (0.133319244f + u * (-0.0537838303f + u * (0.0207959656f + u * -0.00589515176f))));
+    const float far =
+        1.f - 2.f * ptx::reciprocal_approx(1.f + ptx::exp2_approx(2.88539008f * size));
+    return size < 0.6f ? near : x < 0 ? -far : far;  // a NaN is neither near nor negative
+  }
+};
+template <>
+struct DeviceMath<Arithmetic::float64> {
+  static LSTM_DEVICE double sigmoid(double x) { return 1 / (1 + ::exp(-x)); }
+  static LSTM_DEVICE double tanh(double x) { return ::tanh(x); }
+};
+struct CoarseMath {
+  static LSTM_DEVICE float sigmoid(float x) { return 0.5f * ptx::tanh_approx(0.5f * x) + 0.5f; }
+  static LSTM_DEVICE float tanh(float x) { return ptx::tanh_approx(x); }
+};
+template <>
+struct DeviceMath<Arithmetic::float16> : CoarseMath {};
+template <>
+struct DeviceMath<Arithmetic::bfloat16> : CoarseMath {};
+
+}  // namespace lstm_cuda

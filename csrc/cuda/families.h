@@ -1,0 +1,63 @@
+// The recurrence as the CUDA kernel families see it, and their entry points. Large products are
+// not theirs: gates_x comes in, dgates goes out.
+//
+// All pointers but the lists of weights are to device memory. "Element" is the tensors' dtype,
+// "compute" is double for float64 and float for all others.
+#pragma once
+
+#include "../recurrence.h"
+#include "launch.h"
+#include "plan.h"
+
+namespace lstm_cuda {
+
+struct RecurrenceForward {
+  LayerShape shape;
+  const void* const* w_hh;  // D pointers, each [4H, P], Element
+  const void* const* w_hr;  // D pointers, each [P, H], Element; null unless projected
+  const void* h0;           // [D, B, P] Element, or null (zeros)
+  const void* c0;           // [D, B, H] Element, or null (zeros)
+  const int64_t* lengths;   // [B] or null (all T); values outside 0..T are clamped
+  const uint8_t* reset;     // [T, B], 0 or 1, or null (never)
+  void* gates;              // [T, B, D, 4H] Element. In: gates_x, biases included; out: activated
+                            // gates if `save` (then c is not null), otherwise only read
+  bool save;
+  void* y;    // [T, B, D, P] Element; zeros past a row's length
+  void* h_n;  // [D, B, P] Element
+  void* c_n;  // [D, B, H] Element
+  void* c;    // [T, B, D, H] compute, or null; zeros past a row's length
+};
+
+struct RecurrenceBackward {
+  LayerShape shape;
+  const void* const* w_hh;
+  const void* const* w_hr;
+  const void* c0;  // as in forward
+  const int64_t* lengths;
+  const uint8_t* reset;
+  const void* gates;  // [T, B, D, 4H] Element, activated, as forward left them
+  const void* c;      // [T, B, D, H] compute
+  const void* dy;     // [T, B, D, P] Element, or null (zero)
+  const void* dh_n;   // [D, B, P] Element, or null
+  const void* dc_n;   // [D, B, H] Element, or null
+  const void* dc;     // [T, B, D, H] compute, gradient of c, or null
+  void* dgates;       // [T, B, D, 4H] Element, gradient of gates_x; zeros past a row's length
+  void* dh;           // [T, B, D, P] Element, whole gradient of h, zeros past a row's length;
+                      // null unless projected
+  void* dh0;          // [D, B, P] Element, or null (not wanted)
+  void* dc0;          // [D, B, H] Element, or null
+};
+
+// Each returns as soon as the work is on the stream. T and B are at least 1. `scratch` is device
+// memory of at least the size that the plan names (uninitialised, aligned to 256 bytes).
+int64_t rec_step_scratch(const LayerShape& shape, const CudaPlan& plan, bool backward);
+Status rec_step_forward(const RecurrenceForward& p, const CudaPlan& plan, void* scratch,
+                        Stream stream);
+Status rec_step_backward(const RecurrenceBackward& p, const CudaPlan& plan, void* scratch,
+                         Stream stream);
+
+// Takes no scratch memory.
+Status rec_cta_forward(const RecurrenceForward& p, const CudaPlan& plan, Stream stream);
+Status rec_cta_backward(const RecurrenceBackward& p, const CudaPlan& plan, Stream stream);
+
+}  // namespace lstm_cuda

@@ -1,0 +1,175 @@
+// The kernels behind operands.h: one element a thread and turn, read once and written once, in the
+// order of the output.
+#include "operands.h"
+
+#include "../schedule.h"
+#include "element.cuh"
+
+namespace lstm_cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxBlocks = 4096;
+
+// Calls visit(index) for each index below count, over all threads of the grid.
+template <class Visit>
+LSTM_DEVICE void each(int64_t count, Visit visit) {
+  const int64_t threads = int64_t(ptx::grid_blocks()) * ptx::block_threads();
+  for (int64_t index = int64_t(ptx::block_index()) * ptx::block_threads() + ptx::thread_index();
+       index < count; index += threads)
+    visit(index);
+}
+
+LaunchShape grid_for(const char* kernel, int64_t count) {
+  const int64_t blocks = (count + kThreads - 1) / kThreads;
+  return {kernel, unsigned(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads};
+}
+
+struct AddBiases {
+  const void *b_ih[kMaxRecurrences], *b_hh[kMaxRecurrences];
+  void* to;
+  int64_t D, G;
+};
+
+template <Arithmetic a>
+LSTM_KERNEL(kThreads)
+add_biases_kernel(LSTM_PARAMETER AddBiases p) {
+  using Element = typename Types<a>::Element;
+  each(p.D * p.G, [&](int64_t index) {
+    const int64_t d = index / p.G, j = index % p.G;
+    static_cast<Element*>(p.to)[index] =
+        to_element<Element>(to_compute(static_cast<const Element*>(p.b_ih[d])[j]) +
+                            to_compute(static_cast<const Element*>(p.b_hh[d])[j]));
+  });
+}
+
+struct CopyInput {
+  LayerShape shape;
+  const void* x;
+  int64_t stride_t, stride_b;
+  const int64_t* lengths;
+  void* to;
+};
+
+template <Arithmetic a>
+LSTM_KERNEL(kThreads)
+copy_input_kernel(LSTM_PARAMETER CopyInput p) {
+  using Element = typename Types<a>::Element;
+  const Schedule schedule = schedule_of(p.shape, 0, p.lengths, nullptr);
+  const int64_t B = p.shape.B, I = p.shape.I;
+  each(p.shape.T * B * I, [&](int64_t index) {
+    const int64_t t = index / (B * I), b = index / I % B, j = index % I;
+    Element v = to_element<Element>(typename Types<a>::Compute(0));
+    if (schedule.active(t, b))
+      v = static_cast<const Element*>(p.x)[t * p.stride_t + b * p.stride_b + j];
+    static_cast<Element*>(p.to)[index] = v;
+  });
+}
+
+struct CopyPreviousH {
+  LayerShape shape;
+  const void *y, *h0;
+  const int64_t* lengths;
+  const uint8_t* reset;
+  void* to;
+};
+
+template <Arithmetic a>
+LSTM_KERNEL(kThreads)
+copy_previous_h_kernel(LSTM_PARAMETER CopyPreviousH p) {
+  using Element = typename Types<a>::Element;
+  const int64_t B = p.shape.B, D = p.shape.D, P = p.shape.P;
+  each(p.shape.T * B * D * P, [&](int64_t index) {
+    const int64_t j = index % P, d = index / P % D, b = index / (P * D) % B,
+                  t = index / (P * D * B);
+    const Schedule schedule = schedule_of(p.shape, d, p.lengths, p.reset);
+    const int64_t before = schedule.previous(t, b);
+    Element v = to_element<Element>(typename Types<a>::Compute(0));
+    if (schedule.active(t, b) && !schedule.fresh(t, b)) {
+      if (before >= 0)
+        v = static_cast<const Element*>(p.y)[((before * B + b) * D + d) * P + j];
+      else if (p.h0)
+        v = static_cast<const Element*>(p.h0)[(d * B + b) * P + j];
+    }
+    static_cast<Element*>(p.to)[index] = v;
+  });
+}
+
+struct CellOutputs {
+  LayerShape shape;
+  const void *gates, *c;
+  const int64_t* lengths;
+  void* to;
+};
+
+template <Arithmetic a>
+LSTM_KERNEL(kThreads)
+cell_outputs_kernel(LSTM_PARAMETER CellOutputs p) {
+  using Element = typename Types<a>::Element;
+  using Compute = typename Types<a>::Compute;
+  const Schedule schedule = schedule_of(p.shape, 0, p.lengths, nullptr);
+  const int64_t B = p.shape.B, D = p.shape.D, H = p.shape.H;
+  each(p.shape.T * B * D * H, [&](int64_t index) {
+    const int64_t row = index / H, j = index % H;  // row: of [T, B, D]
+    Compute m = 0;
+    if (schedule.active(row / (D * B), row / D % B))
+      m = to_compute(static_cast<const Element*>(p.gates)[row * 4 * H + 3 * H + j]) *
+          DeviceMath<a>::tanh(static_cast<const Compute*>(p.c)[index]);
+    static_cast<Element*>(p.to)[index] = to_element<Element>(m);
+  });
+}
+
+// Calls start<arithmetic>() for a dtype; no products are made here, so float32 has one.
+template <class Start>
+Status by_dtype(Dtype dtype, Start start) {
+  switch (dtype) {
+    case Dtype::float64:
+      return start.template operator()<Arithmetic::float64>();
+    case Dtype::float32:
+      return start.template operator()<Arithmetic::float32>();
+    case Dtype::float16:
+      return start.template operator()<Arithmetic::float16>();
+    default:
+      return start.template operator()<Arithmetic::bfloat16>();
+  }
+}
+
+}  // namespace
+
+Status add_biases(const LayerShape& shape, const void* const* b_ih, const void* const* b_hh,
+                  void* to, Stream stream) {
+  AddBiases p{{}, {}, to, shape.D, 4 * shape.H};
+  for (int64_t d = 0; d < shape.D; ++d) p.b_ih[d] = b_ih[d], p.b_hh[d] = b_hh[d];
+  return by_dtype(shape.dtype, [&]<Arithmetic a>() {
+    return launch<add_biases_kernel<a>>(grid_for("add_biases", p.D * p.G), p, stream);
+  });
+}
+
+Status copy_input(const LayerShape& shape, const void* x, int64_t x_stride_t, int64_t x_stride_b,
+                  const int64_t* lengths, void* to, Stream stream) {
+  const CopyInput p{shape, x, x_stride_t, x_stride_b, lengths, to};
+  return by_dtype(shape.dtype, [&]<Arithmetic a>() {
+    return launch<copy_input_kernel<a>>(grid_for("copy_input", shape.T * shape.B * shape.I), p,
+                                        stream);
+  });
+}
+
+Status copy_previous_h(const LayerShape& shape, const void* y, const void* h0,
+                       const int64_t* lengths, const uint8_t* reset, void* to, Stream stream) {
+  const CopyPreviousH p{shape, y, h0, lengths, reset, to};
+  return by_dtype(shape.dtype, [&]<Arithmetic a>() {
+    return launch<copy_previous_h_kernel<a>>(
+        grid_for("copy_previous_h", shape.T * shape.B * shape.D * shape.P), p, stream);
+  });
+}
+
+Status cell_outputs(const LayerShape& shape, const void* gates, const void* c,
+                    const int64_t* lengths, void* to, Stream stream) {
+  const CellOutputs p{shape, gates, c, lengths, to};
+  return by_dtype(shape.dtype, [&]<Arithmetic a>() {
+    return launch<cell_outputs_kernel<a>>(
+        grid_for("cell_outputs", shape.T * shape.B * shape.D * shape.H), p, stream);
+  });
+}
+
+}  // namespace lstm_cuda

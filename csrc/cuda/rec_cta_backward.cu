@@ -1,0 +1,250 @@
+// rec_cta backward: all steps of one tile of 8 batch rows and one recurrence in one block.
+//
+//   each step, from the last to the first:
+//     dh = w_hh^T dgates[the step processed before] + dy[t];  cell backward (cell.h);  dgates[t]
+//
+// Grid: D * ceil(B / 8) blocks that know nothing of each other. Block: one warp for 16 hidden units.
+//   Warp w has rows 16w..16w+15 of w_hh^T, so lane (g, q) gets dh of units 16w + g and 16w + g + 8
+//   for columns 2q and 2q + 1, and has dh, dc and c of these four cells in registers for all steps.
+//   The product's depth is 4 * padded H, gate by gate; no part of it is left to another warp.
+// Weights: w_hh^T stays in registers. Units past H are zeros there and never become active.
+// Shared memory:
+//   dgates               [2 steps][4 * padded H] x 8 columns   rounded as they are stored
+//   gates, c, dy, dc     [4 steps][8 columns][4H or H]         rings, filled three steps ahead by
+//                        cp.async; c is that of the step before in the order of the recurrence
+// Protocol: one block_sync a step. Step s reads dgates[(s - 1) % 2] and slot s % 4, writes
+// dgates[s % 2] and begins to fill slot (s + 3) % 4, which step s - 1 read. The barrier at the end of
+// step s therefore ends four hazards: dgates[s % 2] is complete before step s + 1 reads it, and
+// dgates[(s - 1) % 2] is read before step s + 1 writes it; slot (s + 1) % 4 is complete (every thread
+// has waited for its own copies), and slot s % 4 is read before step s + 1 fills it.
+#include "rec_cta.cuh"
+
+namespace lstm_cuda {
+namespace rec_cta {
+
+// Which unit of the warp a row of its product is; k is the gate and unit whose dgates it multiplies.
+template <int kPadded_>
+struct BackwardRows {
+  static constexpr int kPadded = kPadded_;
+  static constexpr bool kTransposed = true;
+  static LSTM_DEVICE int first_unit() { return int(ptx::thread_index()) / 32 * 16; }
+  static LSTM_DEVICE int gate(int, int, int k) { return k / kPadded; }
+  static LSTM_DEVICE int unit(int half) { return 8 * half; }
+};
+
+template <Arithmetic arithmetic_, int kPadded_>
+struct BackwardTraits {
+  static constexpr Arithmetic arithmetic = arithmetic_;
+  using Element = typename Types<arithmetic>::Element;
+  using Compute = typename Types<arithmetic>::Compute;
+  static constexpr int kPadded = kPadded_;
+  static constexpr int kThreads = kPadded / 16 * 32;
+  using Tile = OperandTile<Element, 4 * kPadded>;
+  using Rows = BackwardRows<kPadded>;
+  using Gates = RowRing<Element, 4 * kPadded, kThreads>;
+  using Elements = RowRing<Element, kPadded, kThreads>;
+  using Computes = RowRing<Compute, kPadded, kThreads>;
+  static constexpr std::size_t kSharedBytes =
+      (2 * Tile::kValues + Gates::kValues + Elements::kValues) * sizeof(Element) +
+      2 * Computes::kValues * sizeof(Compute);
+  static_assert(WeightPanel<Element, kPadded>::kValues <= Gates::kValues);
+  static_assert(kPadded % 32 == 0 && kThreads <= 1024);
+  static_assert(kSharedBytes <= 99 * 1024, "what a block of every architecture may have");
+};
+
+struct BackwardParams {
+  RecurrenceBackward problem;     // its lists of weights are in host memory
+  const void* w_hh[kDirections];  // [4H, H] each
+  int row_step;                   // elements of [T, B, D, H] from row to row
+  int64_t time_step;              // and from time to time
+};
+
+template <class K>
+LSTM_KERNEL(K::kThreads, 1)
+backward_kernel(LSTM_PARAMETER BackwardParams params) {
+  using Element = typename K::Element;
+  using Compute = typename K::Compute;
+  using Tile = typename K::Tile;
+  const RecurrenceBackward& p = params.problem;
+  const int H = int(p.shape.H);
+  const Part part = part_of_block(p.shape, p.lengths, p.reset);
+  const Schedule& schedule = part.schedule;
+  const int steps = int(schedule.T);
+  const int q = lane() % 4;
+  const int first_unit = int(ptx::thread_index()) / 32 * 16 + lane() / 4;
+  Element* const dgates = static_cast<Element*>(p.dgates);
+  const auto time_of = [&](int step) { return int(schedule.time(steps - 1 - step)); };
+
+  ptx::Shared shared;
+  const typename K::Gates gates(shared, p.gates, 4 * H);
+  const typename K::Computes c(shared, p.c, H);
+  const typename K::Elements dy(shared, p.dy, H);
+  const typename K::Computes dc_in(shared, p.dc, H);
+  Element* const tiles = shared.take<Element>(2 * Tile::kValues, 16);
+
+  Product<K::arithmetic, 1, 4 * K::kPadded> product;
+  load_weights<typename K::Rows>(product, gates.values, params.w_hh[part.d], H);
+
+  // Fetch the inputs of the first steps.
+  const int64_t time_step = schedule.reversed ? params.time_step : -params.time_step;
+  int64_t tile_at = part.row(p.shape, time_of(0), part.b(0)) * H;  // in [T, B, D, H]
+  const int fetched_length = part.length(K::Gates::column_to_fetch());
+  const auto fetch = [&](int step, int64_t at) {
+    const int t = time_of(step);
+    if (step < steps && t < fetched_length) {
+      const int64_t fetched_at = at + K::Gates::column_to_fetch() * params.row_step;
+      gates.fetch(step, static_cast<const Element*>(p.gates) + 4 * fetched_at);
+      c.fetch(step, static_cast<const Compute*>(p.c) + fetched_at);
+      if (p.dy) dy.fetch(step, static_cast<const Element*>(p.dy) + fetched_at);
+      if (p.dc) dc_in.fetch(step, static_cast<const Compute*>(p.dc) + fetched_at);
+    }
+    ptx::cp_async_commit();  // one group a step, even an empty one: the wait counts groups
+  };
+  LSTM_UNROLL
+  for (int step = 0; step < kSlots - 1; ++step) fetch(step, tile_at + step * time_step);
+
+  // This thread's four cells: i / 2 says which unit, i % 2 which column. dh and dc of a row that has
+  // not begun are those of its final state, so nothing has to be added at its last step.
+  bool crossed[2] = {}, fresh[2];  // crossed: the step processed before left a gradient of h
+  int length[2] = {};
+  Compute dh[4], dc[4];
+  const auto exists = [&](int i) {
+    return 2 * q + i % 2 < part.rows && first_unit + 8 * (i / 2) < H;
+  };
+  const auto state_at = [&](int i) {  // in [D, B, H]
+    const int64_t row = part.d * p.shape.B + part.b(2 * q + i % 2);
+    return row * H + first_unit + 8 * (i / 2);
+  };
+  const auto starts_fresh = [&](int step, int j) {
+    const int t = time_of(step);
+    return step < steps && t < length[j] && schedule.fresh(t, part.b(2 * q + j));
+  };
+  LSTM_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int64_t at = state_at(i);
+    const auto state = [&](const void* values) {
+      return exists(i) && values ? to_compute(static_cast<const Element*>(values)[at]) : Compute(0);
+    };
+    length[i % 2] = part.length(2 * q + i % 2);
+    dh[i] = state(p.dh_n);
+    dc[i] = state(p.dc_n);
+  }
+  fresh[0] = starts_fresh(0, 0);
+  fresh[1] = starts_fresh(0, 1);
+  ptx::cp_async_wait<kSlots - 3>();
+  ptx::block_sync();  // the inputs of the first step are complete before it reads them
+
+  for (int step = 0;; ++step, tile_at += time_step) {
+    if (step > 0) {
+      Compute sums[1][4];
+      product.multiply(Tile{tiles + (step - 1) % 2 * Tile::kValues}, sums);
+      LSTM_UNROLL
+      for (int i = 0; i < 4; ++i) dh[i] = crossed[i % 2] ? sums[0][i] : dh[i];
+    }
+    if (step == steps) break;
+    const int t = time_of(step);
+    fetch(step + kSlots - 1, tile_at + (kSlots - 1) * time_step);
+    bool fresh_next[2] = {};
+    if (p.reset) {
+      fresh_next[0] = starts_fresh(step + 1, 0);
+      fresh_next[1] = starts_fresh(step + 1, 1);
+    }
+    const Tile tile{tiles + step % 2 * Tile::kValues};
+
+    LSTM_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int j = i % 2, column = 2 * q + j, unit = first_unit + 8 * (i / 2);
+      const bool active = exists(i) && t < length[j];
+      const auto gate = [&](int k) { return to_compute(gates.at(step, column, k * H + unit)); };
+      Cell<Compute> cell{gate(0), gate(1), gate(2), gate(3), c.at(step, column, unit), Compute(0)}, dcell;
+      // The step before in the order of the recurrence is the one that is processed next.
+      Compute before = c.at(step + 1, column, unit);
+      if (active && t == (schedule.reversed ? length[j] - 1 : 0))
+        before = p.c0 ? to_compute(static_cast<const Element*>(p.c0)[state_at(i)]) : Compute(0);
+      const Compute dm = p.dy ? dh[i] + to_compute(dy.at(step, column, unit)) : dh[i];
+      Compute dc_step = p.dc ? dc[i] + dc_in.at(step, column, unit) : dc[i];
+      cell_backward<DeviceMath<K::arithmetic>>(cell, fresh[j] ? Compute(0) : before, dm, dc_step,
+                                               dcell);
+      // No state crosses into a fresh step, so no gradient leaves it.
+      dc[i] = active ? (fresh[j] ? Compute(0) : dc_step) : dc[i];
+      dh[i] = active ? Compute(0) : dh[i];
+      const Compute values[4] = {dcell.i, dcell.f, dcell.g, dcell.o};
+      Element* const out = dgates + 4 * (tile_at + column * params.row_step) + unit;
+      LSTM_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const Element value = to_element<Element>(active ? values[k] : Compute(0));
+        tile.at(k * K::kPadded + unit, column) = operand<K::arithmetic>(value);
+        if (exists(i)) out[k * H] = value;
+      }
+    }
+    LSTM_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      crossed[j] = t < length[j] && !fresh[j];
+      fresh[j] = fresh_next[j];
+    }
+    ptx::cp_async_wait<kSlots - 3>();
+    ptx::block_sync();  // the four hazards of the protocol above
+  }
+
+  // Gradients of the initial state, and zeros where no row of the tile has steps.
+  LSTM_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (!exists(i)) continue;
+    const int unit = first_unit + 8 * (i / 2);
+    const int64_t at = state_at(i);
+    if (p.dh0) static_cast<Element*>(p.dh0)[at] = to_element<Element>(dh[i]);
+    if (p.dc0) static_cast<Element*>(p.dc0)[at] = to_element<Element>(dc[i]);
+    for (int64_t t = steps; t < p.shape.T; ++t)
+      LSTM_UNROLL
+      for (int k = 0; k < 4; ++k)
+        dgates[(part.row(p.shape, t, part.b(2 * q + i % 2)) * 4 + k) * H + unit] = to_element<Element>(Compute(0));
+  }
+}
+
+template <Arithmetic arithmetic, int kPadded>
+Status start_backward(const BackwardParams& params, Stream stream) {
+  using K = BackwardTraits<arithmetic, kPadded>;
+  const LaunchShape shape{.kernel = "rec_cta_backward",
+                          .blocks = blocks_of(params.problem.shape),
+                          .threads = K::kThreads,
+                          .shared_bytes = K::kSharedBytes};
+  return launch<backward_kernel<K>>(shape, params, stream);
+}
+
+}  // namespace rec_cta
+
+Status rec_cta_backward(const RecurrenceBackward& p, const CudaPlan& plan, Stream stream) {
+  using rec_cta::start_backward;
+  const Status status = rec_cta::check("rec_cta_backward", p.shape, plan);
+  if (!status.ok()) return status;
+  rec_cta::BackwardParams params{p, {}, int(p.shape.D * p.shape.H), p.shape.B * p.shape.D * p.shape.H};
+  for (int64_t d = 0; d < p.shape.D; ++d) params.w_hh[d] = p.w_hh[d];
+  switch (plan.arithmetic) {
+    case Arithmetic::float64:
+      if (plan.padded_hidden == 32) return start_backward<Arithmetic::float64, 32>(params, stream);
+      break;
+    case Arithmetic::float32:
+      if (plan.padded_hidden == 32) return start_backward<Arithmetic::float32, 32>(params, stream);
+      if (plan.padded_hidden == 64) return start_backward<Arithmetic::float32, 64>(params, stream);
+      break;
+    case Arithmetic::tf32:
+      if (plan.padded_hidden == 32) return start_backward<Arithmetic::tf32, 32>(params, stream);
+      if (plan.padded_hidden == 64) return start_backward<Arithmetic::tf32, 64>(params, stream);
+      break;
+    case Arithmetic::float16:
+      if (plan.padded_hidden == 32) return start_backward<Arithmetic::float16, 32>(params, stream);
+      if (plan.padded_hidden == 64) return start_backward<Arithmetic::float16, 64>(params, stream);
+      if (plan.padded_hidden == 128)
+        return start_backward<Arithmetic::float16, 128>(params, stream);
+      break;
+    case Arithmetic::bfloat16:
+      if (plan.padded_hidden == 32) return start_backward<Arithmetic::bfloat16, 32>(params, stream);
+      if (plan.padded_hidden == 64) return start_backward<Arithmetic::bfloat16, 64>(params, stream);
+      if (plan.padded_hidden == 128)
+        return start_backward<Arithmetic::bfloat16, 128>(params, stream);
+      break;
+  }
+  return rec_cta::unsupported("rec_cta_backward", plan);
+}
+
+}  // namespace lstm_cuda

@@ -1,0 +1,87 @@
+// What the torch side of the CPU and of the CUDA path share: schemas, checks, allocation. Only
+// csrc/ops* knows torch, through its stable ABI, so that one binary loads on torch 2.11 and newer.
+// Messages for users are made in Python; those here keep a direct caller of the ops from reading
+// memory that is not there.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "recurrence.h"
+
+namespace lstm_cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+inline constexpr const char* kForwardSchema =
+    "layer_forward(Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[] bias, Tensor[] w_hr, "
+    "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int reversed, bool save, bool cells, "
+    "bool allow_tf32) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)";
+inline constexpr const char* kBackwardSchema =
+    "layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor[] w_ih, "
+    "Tensor[] w_hh, Tensor[] w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
+    "int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, bool allow_tf32) "
+    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr)";
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+std::string text(const Sizes& sizes);
+Sizes sizes_of(const Tensor& t);
+ScalarType compute_type(ScalarType type);  // of sums and of the cell state
+
+// The tensor, contiguous, after a check of its shape, type and device.
+Tensor checked(const char* name, const Tensor& t, const Sizes& sizes, ScalarType type,
+               const Tensor& x);
+OptionalTensor checked(const char* name, const OptionalTensor& t, const Sizes& sizes,
+                       ScalarType type, const Tensor& x);
+Tensors checked(const char* name, const Tensors& list, size_t count, const Sizes& sizes,
+                ScalarType type, const Tensor& x);
+
+template <class Pointer = void*>
+Pointer pointer(const OptionalTensor& t) {
+  return t ? static_cast<Pointer>(t->data_ptr()) : nullptr;
+}
+
+std::vector<const void*> pointers(const Tensors& list);
+
+// Uninitialised, on x's device.
+Tensor empty(const Sizes& sizes, ScalarType type, const Tensor& x);
+
+// What forward and backward are given alike: checked, contiguous and kept alive.
+struct Inputs {
+  LayerShape shape;
+  ScalarType type;
+  Tensor x;
+  Tensors w_ih, w_hh, w_hr;
+  OptionalTensor h0, c0, lengths, reset;
+  std::vector<const void*> w_ih_pointers, w_hh_pointers, w_hr_pointers;
+
+  Inputs(const Tensor& x_in, const Tensors& w_ih_in, const Tensors& w_hh_in, const Tensors& w_hr_in,
+         const OptionalTensor& h0_in, const OptionalTensor& c0_in, const OptionalTensor& lengths_in,
+         const OptionalTensor& reset_in, int64_t reversed);
+};
+
+// What backward is given besides: what forward gave, and the gradients of that.
+struct Gradients {
+  Tensor y, gates, c;
+  OptionalTensor dy, dh_n, dc_n, dc;
+
+  Gradients(const Inputs& in, const OptionalTensor& dy_in, const OptionalTensor& dh_n_in,
+            const OptionalTensor& dc_n_in, const OptionalTensor& dc_in, const Tensor& y_in,
+            const Tensor& gates_in, const Tensor& c_in, ScalarType gates_type);
+};
+
+}  // namespace lstm_cuda

@@ -1,0 +1,118 @@
+// Checks and allocation for the torch side of either device (ops.h).
+#include "ops.h"
+
+namespace lstm_cuda {
+
+std::string text(const Sizes& sizes) {
+  std::string s = "[";
+  for (size_t k = 0; k < sizes.size(); ++k) s += (k ? ", " : "") + std::to_string(sizes[k]);
+  return s + "]";
+}
+
+Sizes sizes_of(const Tensor& t) {
+  Sizes sizes(t.dim());
+  for (int64_t k = 0; k < t.dim(); ++k) sizes[k] = t.size(k);
+  return sizes;
+}
+
+namespace {
+
+Dtype dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "x must be float64, float32, float16 or bfloat16");
+  }
+  return Dtype::float32;
+}
+
+}  // namespace
+
+ScalarType compute_type(ScalarType type) {
+  return type == ScalarType::Double ? type : ScalarType::Float;
+}
+
+Tensor checked(const char* name, const Tensor& t, const Sizes& sizes, ScalarType type,
+               const Tensor& x) {
+  STD_TORCH_CHECK(sizes_of(t) == sizes, name, " must be ", text(sizes), "; got ",
+                  text(sizes_of(t)));
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " has another dtype than is needed here");
+  STD_TORCH_CHECK(t.device() == x.device(), name, " must be on x's device");
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+OptionalTensor checked(const char* name, const OptionalTensor& t, const Sizes& sizes,
+                       ScalarType type, const Tensor& x) {
+  return t ? OptionalTensor(checked(name, *t, sizes, type, x)) : std::nullopt;
+}
+
+Tensors checked(const char* name, const Tensors& list, size_t count, const Sizes& sizes,
+                ScalarType type, const Tensor& x) {
+  STD_TORCH_CHECK(list.size() == count, name, " must hold ", count, " tensors; got ", list.size());
+  Tensors result;
+  result.reserve(count);
+  for (const Tensor& t : list) result.push_back(checked(name, t, sizes, type, x));
+  return result;
+}
+
+std::vector<const void*> pointers(const Tensors& list) {
+  std::vector<const void*> result(list.size());
+  for (size_t k = 0; k < list.size(); ++k) result[k] = list[k].data_ptr();
+  return result;
+}
+
+Tensor empty(const Sizes& sizes, ScalarType type, const Tensor& x) {
+  return torch::stable::empty(sizes, type, std::nullopt, x.device());
+}
+
+Inputs::Inputs(const Tensor& x_in, const Tensors& w_ih_in, const Tensors& w_hh_in,
+               const Tensors& w_hr_in, const OptionalTensor& h0_in, const OptionalTensor& c0_in,
+               const OptionalTensor& lengths_in, const OptionalTensor& reset_in, int64_t reversed)
+    : type(x_in.scalar_type()), x(x_in) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must be [T, B, I]; got ", text(sizes_of(x)));
+  STD_TORCH_CHECK(!w_ih_in.empty() && w_ih_in[0].dim() == 2 && w_ih_in[0].size(0) % 4 == 0 &&
+                      w_ih_in[0].size(0) > 0,
+                  "w_ih must hold a [4H, I] tensor for each direction");
+  const int64_t D = int64_t(w_ih_in.size()), H = w_ih_in[0].size(0) / 4;
+  const bool projected = !w_hr_in.empty();
+  STD_TORCH_CHECK(!projected || w_hr_in[0].dim() == 2,
+                  "w_hr must hold a [P, H] tensor for each direction");
+  const int64_t P = projected ? w_hr_in[0].size(0) : H;
+  shape = {dtype_of(type), x.size(0), x.size(1), D, x.size(2), H, P, uint64_t(reversed), projected};
+  STD_TORCH_CHECK(D <= kMaxRecurrences, "at most ", kMaxRecurrences,
+                  " recurrences run in one call; got ", D);
+  if (x.stride(2) != 1 && x.size(2) > 1) x = torch::stable::contiguous(x);
+  w_ih = checked("w_ih", w_ih_in, D, {4 * H, shape.I}, type, x);
+  w_hh = checked("w_hh", w_hh_in, D, {4 * H, P}, type, x);
+  w_hr = checked("w_hr", w_hr_in, projected ? D : 0, {P, H}, type, x);
+  h0 = checked("h0", h0_in, {D, shape.B, P}, type, x);
+  c0 = checked("c0", c0_in, {D, shape.B, H}, type, x);
+  lengths = checked("lengths", lengths_in, {shape.B}, ScalarType::Long, x);
+  reset = checked("reset", reset_in, {shape.T, shape.B}, ScalarType::Bool, x);
+  w_ih_pointers = pointers(w_ih);
+  w_hh_pointers = pointers(w_hh);
+  w_hr_pointers = pointers(w_hr);
+}
+
+Gradients::Gradients(const Inputs& in, const OptionalTensor& dy_in, const OptionalTensor& dh_n_in,
+                     const OptionalTensor& dc_n_in, const OptionalTensor& dc_in, const Tensor& y_in,
+                     const Tensor& gates_in, const Tensor& c_in, ScalarType gates_type) {
+  const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
+  const ScalarType compute = compute_type(in.type);
+  y = checked("y", y_in, {T, B, D * P}, in.type, in.x);
+  gates = checked("gates", gates_in, {T, B, D, 4 * H}, gates_type, in.x);
+  c = checked("c", c_in, {T, B, D, H}, compute, in.x);
+  dy = checked("dy", dy_in, {T, B, D * P}, in.type, in.x);
+  dh_n = checked("dh_n", dh_n_in, {D, B, P}, in.type, in.x);
+  dc_n = checked("dc_n", dc_n_in, {D, B, H}, in.type, in.x);
+  dc = checked("dc", dc_in, {T, B, D, H}, compute, in.x);
+}
+
+}  // namespace lstm_cuda
