@@ -1,0 +1,256 @@
+"""Compiles programs that run CUDA kernels under emulation, and broken copies of them.
+
+By hand: python tests/emulation/build.py VARIANT OUT SOURCE...      (variants: plain, asan, tsan)
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "build" / "emulation"
+
+FLAGS = ["-std=c++20", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+VARIANTS = {
+    "plain": ["-O1"],
+    "asan": ["-O1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"],
+    "tsan": ["-O1", "-fsanitize=thread", "-fno-omit-frame-pointer"],
+}
+# g++'s ThreadSanitizer takes a third of a millisecond to start a thread, clang's 7 microseconds.
+COMPILERS = {
+    "plain": ["g++", "clang++"],
+    "asan": ["g++", "clang++"],
+    "tsan": ["clang++", *(f"clang++-{n}" for n in range(22, 13, -1)), "g++"],
+}
+
+_slots = threading.Semaphore(os.cpu_count() or 1)  # compilers at once
+
+
+class CompileError(RuntimeError):
+    pass
+
+
+def compiler(command: Sequence[str | Path]) -> None:
+    """Runs a compiler; no more of them at once than there are processors."""
+    with _slots:
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise CompileError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+
+
+def _toolkits() -> list[Path]:
+    found = [Path(os.environ[v]) for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
+    if on_path := shutil.which("nvcc"):
+        found.append(Path(on_path).resolve().parents[1])
+    return [*found, Path("/usr/local/cuda")]
+
+
+def nvcc() -> Path | None:
+    return next((t / "bin/nvcc" for t in _toolkits() if (t / "bin/nvcc").is_file()), None)
+
+
+def cuda_include() -> Path | None:
+    """The folder of cuda_bf16.h: a toolkit's, or that of an nvidia-cuda-runtime wheel."""
+    wheels = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/include"))
+    candidates = [*(t / "include" for t in _toolkits()), *wheels]
+    return next((c for c in candidates if (c / "cuda_bf16.h").is_file()), None)
+
+
+@functools.cache
+def toolchain(variant: str) -> tuple[str, tuple[str, ...]] | None:
+    """The first compiler whose programs of that variant link and run, and what to put before them.
+
+    ThreadSanitizer may need a fixed address layout (setarch -R) on kernels that randomise widely.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder, "probe.cpp"), Path(folder, "probe")
+        source.write_text("#include <vector>\nint main() { return std::vector<int>(3).at(2); }\n")
+        for cxx in COMPILERS[variant]:
+            if not shutil.which(cxx):
+                continue
+            command = [cxx, *FLAGS, *VARIANTS[variant], str(source), "-o", str(program)]
+            if subprocess.run(command, capture_output=True).returncode:
+                continue
+            for before in ((), ("setarch", "-R")):
+                if before and not shutil.which(before[0]):
+                    continue
+                if subprocess.run([*before, program], capture_output=True).returncode == 0:
+                    return cxx, before
+    return None
+
+
+def unavailable(*variants: str) -> str | None:
+    """Why programs cannot be built here, or None."""
+    if not cuda_include():
+        return "needs the CUDA headers (cuda_bf16.h): set CUDA_HOME"
+    missing = [v for v in variants or ("plain",) if not toolchain(v)]
+    return f"no C++20 compiler here builds and runs: {', '.join(missing)}" if missing else None
+
+
+def _dependencies(target: Path) -> list[str]:
+    """The files that an object was compiled from, as the compiler's -MMD file names them."""
+    listing = target.with_suffix(".d").read_text()
+    return [
+        os.path.normpath(name) for name in listing.replace("\\\n", " ").split(":", 1)[1].split()
+    ]
+
+
+def _newest(target: Path) -> float:
+    """The time of the newest file that an object was compiled from; inf where one is gone."""
+    try:
+        return max(os.stat(name).st_mtime for name in _dependencies(target))
+    except FileNotFoundError:
+        return float("inf")
+
+
+def _object(source: Path, cxx: str, flags: Sequence[str], folder: Path) -> Path:
+    """The up-to-date object of a source."""
+    key = hashlib.sha256("\n".join([cxx, *flags, str(source)]).encode()).hexdigest()[:12]
+    target = folder / f"{source.stem}-{key}.o"
+    dependencies = target.with_suffix(".d")
+    if target.exists() and dependencies.exists() and _newest(target) < target.stat().st_mtime:
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # others may build at the same time
+        made = Path(scratch, "made.o")
+        language = ["-x", "c++"] if source.suffix in (".cu", ".cuh") else []
+        listing = ["-MMD", "-MF", made.with_suffix(".d")]
+        compiler([cxx, *flags, *listing, "-c", *language, source, "-o", made])
+        os.replace(made.with_suffix(".d"), dependencies)
+        os.replace(made, target)
+    return target
+
+
+def compile(
+    sources: Iterable[Path | str],
+    variant: str,
+    out: Path | str,
+    defines: Sequence[str] = (),
+    shared: bool = False,
+    root: Path = ROOT,
+    flags: Sequence[str] = (),
+    libraries: Sequence[str] = (),
+) -> Path:
+    """Builds a program (or with `shared` a library) from sources and the emulation's runtime.
+
+    Only what changed is compiled again. `root`: a tree made by `mutate`, to take headers from.
+    The define LSTM_EMULATE_UCONTEXT makes the runtime switch as on processors other than x86-64.
+    `flags` are for the compiler, `libraries` for the linker.
+    """
+    headers = cuda_include()
+    found = toolchain(variant)
+    if not headers or not found:
+        raise CompileError(unavailable(variant))
+    cxx, out = found[0], Path(out)
+
+    def job(tree: Path, source: Path) -> tuple[Path, str, list[str]]:
+        include = [f"-I{tree / p}" for p in ("csrc", "tests/emulation")]
+        options = ["-DLSTM_EMULATE", *(f"-D{d}" for d in defines), "-isystem", str(headers)]
+        return source, cxx, [*FLAGS, *options, *include, *flags, *VARIANTS[variant]]
+
+    def mutated(source: Path) -> tuple[Path, str, list[str]]:
+        """The job of a mutant's source, or the original's where the mutation does not reach."""
+        original = job(ROOT, ROOT / source.relative_to(root))
+        seen = [Path(d) for d in _dependencies(_object(*original, FOLDER / "objects"))]
+        ours = [d.relative_to(ROOT) for d in seen if d.is_relative_to(ROOT)]
+        same = all((root / d).read_bytes() == (ROOT / d).read_bytes() for d in ours)
+        return original if same else job(root, source)
+
+    paths = [Path(s).resolve() for s in sources]
+    if root == ROOT:
+        wanted = [job(root, path) for path in paths]
+    else:
+        with ThreadPoolExecutor() as pool:
+            wanted = list(pool.map(mutated, paths))
+    # The runtime is never instrumented: its sanitizer hooks are weak, so one build serves all.
+    plain = toolchain("plain")
+    runtime = [*FLAGS, "-O2", *(f"-D{d}" for d in defines if d.startswith("LSTM_EMULATE"))]
+    for source in sorted((ROOT / "tests/emulation/runtime").glob("*.cpp")):
+        wanted.append((source, plain[0] if plain else cxx, runtime))
+    with ThreadPoolExecutor(max_workers=len(wanted)) as pool:
+        objects = list(pool.map(lambda w: _object(*w, FOLDER / "objects"), wanted))
+    stamp = max(o.stat().st_mtime for o in objects)
+    listed = out.with_name(out.name + ".objects")
+    names = "\n".join(map(str, objects))
+    if (
+        out.exists()
+        and out.stat().st_mtime > stamp
+        and listed.exists()
+        and listed.read_text() == names
+    ):
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    link = ["-shared"] if shared else []
+    compiler([cxx, *VARIANTS[variant], *link, *objects, *libraries, "-o", out])
+    listed.write_text(names)
+    return out
+
+
+def run(
+    program: Path, *arguments: str, variant: str = "plain", timeout_s: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program of `compile`; what subprocess.run returns."""
+    found = toolchain(variant)
+    options = {
+        "ASAN_OPTIONS": "detect_stack_use_after_return=0:abort_on_error=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "TSAN_OPTIONS": "history_size=4:exitcode=66:atexit_sleep_ms=0",
+    }
+    return subprocess.run(
+        [*(found[1] if found else ()), program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env={**os.environ, **options},
+    )
+
+
+def mutate(name: str, file: str, old: str, new: str, count: int = 1) -> Path:
+    """A copy of the kernels and of the emulation's tests in which `old` is `new` in one file.
+
+    Args:
+        name: of the copy, a folder's name.
+        file: relative to the root, under csrc/ or tests/emulation/.
+        old: must occur exactly `count` times; all are replaced.
+
+    Returns:
+        The copy's root, for `compile(..., root=...)`.
+    """
+    text = (ROOT / file).read_text()
+    if text.count(old) != count:
+        raise ValueError(f"mutant {name}: {file} has {text.count(old)} of {old!r}, not {count}")
+    target = FOLDER / "mutants" / name
+    copies = [p for folder in ("csrc", "tests/emulation") for p in (ROOT / folder).rglob("*")]
+    for path in copies:
+        if not path.is_file() or path.suffix not in (".h", ".hpp", ".cuh", ".cu", ".cpp"):
+            continue
+        relative = path.relative_to(ROOT)
+        content = path.read_text()
+        if relative == Path(file):
+            content = content.replace(old, new)
+        copy = target / relative
+        # An unchanged file keeps its time, and with it its objects.
+        if not copy.exists() or copy.read_text() != content:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(content)
+    return target
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4 or sys.argv[1] not in VARIANTS:
+        sys.exit(__doc__)
+    try:
+        compile(sys.argv[3:], sys.argv[1], sys.argv[2])
+    except CompileError as error:
+        sys.exit(str(error))

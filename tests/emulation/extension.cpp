@@ -1,0 +1,70 @@
+// The Python side of the emulation: a test-only module that registers the CUDA path's ops for CPU
+// tensors as lstm_cuda_emulated::layer_forward and ::layer_backward (csrc/ops_cuda.cpp), and sets how
+// kernels are run.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/device.h"
+#include "../../csrc/cuda/dispatch.h"
+
+namespace lstm_cuda {
+namespace {
+
+CudaDevice modelled{90, 132, 227 * 1024};
+
+}  // namespace
+
+Status cuda_device(int, CudaDevice& device) {
+  device = modelled;
+  return {};
+}
+
+namespace {
+
+// "forward", "reverse" or "random" with a seed.
+void set_order(const std::string& order, uint64_t seed) {
+  emulation::Settings& settings = emulation::settings();
+  settings.seed = seed;
+  if (order == "forward")
+    settings.order = emulation::Order::forward;
+  else if (order == "reverse")
+    settings.order = emulation::Order::reverse;
+  else if (order == "random")
+    settings.order = emulation::Order::random;
+  else
+    throw std::invalid_argument("order must be forward, reverse or random; got " + order);
+}
+
+void set_device(int architecture, int multiprocessors, int64_t shared_bytes) {
+  modelled = {architecture, multiprocessors, shared_bytes};
+  emulation::settings().shared_limit = size_t(shared_bytes);
+}
+
+// Kernels whose name begins like this cannot be launched; "" for none.
+void refuse(const std::string& kernel) { emulation::settings().refused = kernel; }
+
+void use_device(int index) { emulation::settings().device = index; }
+
+// Names of the kernels started since the last call.
+std::vector<std::string> take_launches() {
+  std::vector<std::string> names;
+  for (const LaunchShape& shape : emulation::launches()) names.emplace_back(shape.kernel);
+  emulation::launches().clear();
+  return names;
+}
+
+}  // namespace
+}  // namespace lstm_cuda
+
+PYBIND11_MODULE(lstm_cuda_emulated, m) {
+  m.def("force_kernel", &lstm_cuda::force_kernel);
+  m.def("set_order", &lstm_cuda::set_order);
+  m.def("set_device", &lstm_cuda::set_device);
+  m.def("refuse", &lstm_cuda::refuse);
+  m.def("use_device", &lstm_cuda::use_device);
+  m.def("take_launches", &lstm_cuda::take_launches);
+}

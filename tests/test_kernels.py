@@ -1,0 +1,375 @@
+"""The CUDA path from Python to the kernels, each family forced in turn.
+
+On a GPU, and on the CPU with the kernels' real source under emulation in several orders of threads.
+What a pass under emulation means: indexing, tails, data flow and synchronisation are right. Not:
+instructions, memory scopes, speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from conftest import cuda_missing
+from emulation import build, python_module
+from helpers import (
+    Problem,
+    assert_accurate,
+    assert_equal,
+    call,
+    close,
+    error,
+    gradients,
+    make,
+    truth,
+)
+from torch import Tensor
+
+from lstm_cuda import layer, ops
+from lstm_cuda.ops import CudaDevice
+
+FAMILIES = ["rec_cta", "rec_step"]
+ARITHMETICS = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "tf32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+# A result of one number, the sum of rounded terms that may cancel, may have any relative error.
+SINGLE = Problem(1, 1, 1, 1)
+ROUNDED = ("tf32", "f16", "bf16")
+ORDERS = [("forward", 0), ("reverse", 0), *(("random", seed) for seed in range(1, 9))]
+H200 = CudaDevice(90, 132, 232448)
+# Error bound and floor where products may round operands to TF32, as in helpers.BOUNDS: products of
+# ten bits.
+TF32_BOUNDS = (2e-3, 1e-3)
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Any:
+    if reason := build.unavailable():
+        pytest.skip(reason)
+    return python_module.load(python_module.compile_module())
+
+
+@dataclass
+class Machine:
+    """Where kernels run: on a GPU, or emulated on the CPU."""
+
+    device: str
+    monkeypatch: pytest.MonkeyPatch
+    emulator: Any = None  # on a GPU there is none
+
+    @contextmanager
+    def forced(
+        self, family: str, arithmetic: str = "f64", order: tuple[str, int] = ("forward", 0)
+    ) -> Iterator[None]:
+        """Run every layer on the family, with threads in the order where that can be said."""
+        self.monkeypatch.setattr(layer, "tf32_allowed", lambda *_: arithmetic == "tf32")
+        if self.emulator is None:
+            with ops.force_kernel(family):
+                yield
+            return
+        self.emulator.set_order(*order)
+        self.emulator.take_launches()
+        assert self.emulator.force_kernel(family)
+        try:
+            yield
+        finally:
+            self.emulator.force_kernel("")
+            self.emulator.set_order("forward", 0)
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    if request.param == "cuda":
+        if missing := cuda_missing():
+            pytest.skip(missing)
+        return Machine("cuda", monkeypatch)
+    library = request.getfixturevalue("emulator"), torch.ops.lstm_cuda_emulated
+    monkeypatch.setattr(ops, "_forward", library[1].layer_forward.default)
+    monkeypatch.setattr(ops, "_backward", library[1].layer_backward.default)
+    return Machine("cpu", monkeypatch, library[0])
+
+
+def can_run(family: str, p: Problem, arithmetic: str) -> bool:
+    with ops.force_kernel(family):
+        plan = ops.plan_cuda(
+            p.T,
+            p.B,
+            p.D,
+            p.I,
+            p.H,
+            p.out,
+            ARITHMETICS[arithmetic],
+            False,
+            arithmetic == "tf32",
+            H200,
+        )
+    return bool(plan["possible"])
+
+
+def cases(problems: list[Problem]) -> Any:
+    """Each problem in each arithmetic with each family that runs it."""
+    return pytest.mark.parametrize(
+        "p, family, arithmetic",
+        [
+            pytest.param(p, family, arithmetic, id=f"{family}-{arithmetic}-{p}")
+            for family in FAMILIES
+            for arithmetic in ARITHMETICS
+            for p in problems
+            if can_run(family, p, arithmetic) and not (p == SINGLE and arithmetic in ROUNDED)
+        ],
+    )
+
+
+def accurate(p: Problem, machine: Machine, arithmetic: str, of: str = "y h_n c_n cells") -> None:
+    if arithmetic == "tf32":
+        machine.monkeypatch.setitem(helpers.BOUNDS, torch.float32, TF32_BOUNDS)
+    assert_accurate(p, make(p, machine.device), ARITHMETICS[arithmetic], of)
+
+
+SHAPES = [
+    SINGLE,
+    Problem(1, 1, 8, 7),
+    Problem(7, 3, 5, 31),
+    Problem(4, 9, 3, 17, bidirectional=True, bias=False),
+    Problem(6, 10, 3, 32, lengths=True),
+    Problem(5, 9, 8, 8, bidirectional=True, lengths=True, reset=True),
+    Problem(5, 17, 4, 5, reverse=True, reset=True, lengths=True, hx=False),
+    Problem(3, 8, 6, 64),
+    Problem(3, 3, 6, 100, bidirectional=True, lengths=True),
+    Problem(2, 2, 5, 128, reset=True),
+    Problem(3, 19, 6, 130, lengths=True),
+    Problem(6, 4, 3, 11, P=5, reset=True),
+    Problem(5, 7, 3, 19, P=1, bidirectional=True, lengths=True, reset=True),
+    Problem(3, 5, 4, 24, P=16, reverse=True, lengths=True, hx=False),
+    Problem(3, 2, 4, 6, L=2, bidirectional=True),
+]
+
+
+@cases(SHAPES)
+def test_accuracy(p: Problem, family: str, arithmetic: str, machine: Machine) -> None:
+    with machine.forced(family, arithmetic):
+        accurate(p, machine, arithmetic)
+        if machine.emulator is not None:
+            kernels = set(machine.emulator.take_launches())
+            assert ("step_forward" in kernels) == (family == "rec_step")
+            assert ("rec_cta_forward" in kernels) == (family == "rec_cta")
+            assert ("step_project" in kernels) >= bool(p.P)
+
+
+# A device with few multiprocessors is given larger tiles.
+@pytest.mark.parametrize("tile, multiprocessors", [("medium", 4), ("large", 1)])
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("P", [0, 40])
+def test_accuracy_of_larger_tiles(
+    P: int, arithmetic: str, tile: str, multiprocessors: int, machine: Machine
+) -> None:
+    if machine.emulator is None:
+        pytest.skip("a real device has the multiprocessors it has")
+    p = Problem(3, 66, 3, 70, P=P, lengths=True, reset=True)
+    with ops.force_kernel("rec_step"):
+        plan = ops.plan_cuda(
+            p.T, p.B, p.D, p.I, p.H, p.out, ARITHMETICS[arithmetic], True, arithmetic == "tf32",
+            CudaDevice(90, multiprocessors, 232448),
+        )  # fmt: skip
+    assert plan["tile"] == ("medium" if arithmetic == "f64" else tile)
+    machine.emulator.set_device(90, multiprocessors, 232448)
+    try:
+        with machine.forced("rec_step", arithmetic):
+            accurate(p, machine, arithmetic)
+    finally:
+        machine.emulator.set_device(90, 132, 232448)
+
+
+# Tiles of the sizes that a large device chooses; too much for emulation.
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("H, B", [(1024, 64), (2048, 256), (515, 130)])
+def test_accuracy_of_large_layers(H: int, B: int, arithmetic: str, machine: Machine) -> None:
+    if machine.emulator is not None:
+        pytest.skip("emulation would take minutes")
+    with machine.forced("rec_step", arithmetic):
+        accurate(Problem(3, B, 64, H, lengths=True), machine, arithmetic)
+
+
+# The gradients of all others are absent.
+@pytest.mark.parametrize("of", ["y", "h_n", "c_n", "cells", "h_n c_n"])
+@cases(
+    [Problem(4, 9, 3, 12, bidirectional=True, lengths=True, reset=True), Problem(3, 2, 3, 6, P=4)]
+)
+def test_absent_gradients(
+    p: Problem, family: str, arithmetic: str, of: str, machine: Machine
+) -> None:
+    with machine.forced(family, arithmetic):
+        accurate(p, machine, arithmetic, of)
+
+
+# Enough of everything that can go wrong between threads: several chunks of depth, ragged
+# tiles, both directions, frozen rows.
+BUSY = [
+    Problem(5, 11, 3, 100, bidirectional=True, lengths=True, reset=True),
+    Problem(5, 11, 3, 61, bidirectional=True, lengths=True, reset=True),
+    Problem(5, 11, 3, 29, bidirectional=True, lengths=True, reset=True),
+    Problem(4, 5, 3, 70, P=66, lengths=True),
+]
+
+
+@cases(BUSY)
+def test_the_order_of_threads_changes_nothing(
+    p: Problem, family: str, arithmetic: str, machine: Machine
+) -> None:
+    """Nor does running it again on a GPU, where nobody chooses the order."""
+    first = None
+    for order in ORDERS:
+        d = make(p, machine.device).to(ARITHMETICS[arithmetic])
+        with machine.forced(family, arithmetic, order):
+            outputs = call(p, d)
+            results = outputs | gradients(outputs, d)
+        assert all(bool(torch.isfinite(t).all()) for t in results.values())
+        first = first or results
+        assert_equal([*results.values()], [*first.values()])
+
+
+@cases([Problem(4, 9, 3, 12, lengths=True), Problem(4, 9, 3, 12, P=4, reset=True)])
+def test_a_nan_stays_in_its_row(p: Problem, family: str, arithmetic: str, machine: Machine) -> None:
+    d = make(p, machine.device).to(ARITHMETICS[arithmetic])
+    bad = make(p, machine.device).to(ARITHMETICS[arithmetic])
+    rows = [b for b in range(p.B) if b != 3]
+    with torch.no_grad():
+        bad.x[1, 3] = float("nan")
+        bad.hx[1][:, 3] = float("inf")
+        if bad.lengths is not None:
+            bad.lengths[3] = p.T
+    with machine.forced(family, arithmetic):
+        good, spoiled = call(p, d), call(p, bad)
+        good |= gradients(good, d)
+        spoiled |= gradients(spoiled, bad)
+    for name in ("y", "cells", "dx"):
+        assert_equal(spoiled[name][:, rows], good[name][:, rows])
+    for name in ("h_n", "c_n", "dh0", "dc0"):
+        assert_equal(spoiled[name][:, rows], good[name][:, rows])
+    assert bool(spoiled["y"][1:, 3].isnan().any())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_stands_past_a_length_is_not_used(family: str, machine: Machine) -> None:
+    p = Problem(5, 4, 3, 9, bidirectional=True, lengths=True)
+    d = make(p, machine.device)
+    d.x[3:, 1] = float("nan")
+    d.lengths[1] = 3
+    d = d.to(torch.float64)
+    with machine.forced(family):
+        outputs = call(p, d)
+        results = outputs | gradients(outputs, d)
+    expected = truth(p, d)
+    expected |= gradients(expected, d)
+    for name, t in expected.items():
+        close(results[name], t)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lengths_outside_the_range_are_clamped(family: str, machine: Machine) -> None:
+    p = Problem(4, 3, 2, 5, lengths=True)
+    d = make(p, machine.device)
+    w_ih, w_hh, *bias = d.weights[0]
+    results = []
+    for values in ([9, -3, 2], [4, 0, 2]):
+        lengths = torch.tensor(values, device=machine.device)
+        with machine.forced(family):
+            results.append(
+                ops.layer_forward(
+                    d.x, [w_ih], [w_hh], bias, [], *d.hx, lengths, None, 0, False, True, False
+                )
+            )
+    assert_equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_saved_survives_a_backward(family: str, machine: Machine) -> None:
+    p = Problem(4, 3, 2, 5, bidirectional=True, lengths=True, reset=True)
+    d = make(p, machine.device).to(torch.float64)
+    with machine.forced(family):
+        outputs = call(p, d)
+        loss = sum((t * t).sum() for t in outputs.values())
+        leaves = list(d.leaves().values())
+        first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert_equal(first, second)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("T, B", [(0, 3), (4, 0), (0, 0)])
+def test_empty(T: int, B: int, family: str, machine: Machine) -> None:
+    p = Problem(T, B, 3, 4)
+    d = make(p, machine.device).to(torch.float64)
+    with machine.forced(family):
+        outputs = call(p, d)
+        results = outputs | gradients(outputs, d)
+    expected = truth(p, d)
+    expected |= gradients(expected, d)
+    for name, t in expected.items():
+        assert results[name].shape == t.shape and error(results[name], t) == 0, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradcheck(family: str, machine: Machine) -> None:
+    p = Problem(3, 2, 2, 3, bidirectional=True, lengths=True, reset=True)
+    d = make(p, machine.device).to(torch.float64)
+
+    def f(*leaves: Tensor) -> tuple[Tensor, ...]:
+        x, h0, c0, *flat = leaves
+        rows = [flat[:4], flat[4:]]
+        return layer.fused_layer(x, rows, h0, c0, d.lengths, d.reset, 2, True)
+
+    with machine.forced(family):
+        assert torch.autograd.gradcheck(f, list(d.leaves().values()))
+
+
+def test_a_family_that_cannot_run_the_layer_is_an_error_when_forced(machine: Machine) -> None:
+    p = Problem(2, 2, 3, 200)
+    d = make(p, machine.device).to(torch.float32)
+    with machine.forced("rec_cta"), pytest.raises(RuntimeError, match=r"rec_cta cannot run.*H=200"):
+        call(p, d)
+
+
+@pytest.fixture
+def refusing(machine: Machine) -> Iterator[Any]:
+    """The emulator, whose refuse(kernel) makes launches fail. Refusals are remembered by device."""
+    if machine.emulator is None:
+        pytest.skip("no launch can be made to fail on a real device")
+    machine.emulator.use_device(1)
+    yield machine.emulator
+    machine.emulator.refuse("")
+    machine.emulator.use_device(0)
+
+
+def test_a_refused_launch_makes_way_for_the_next_family_for_good(
+    machine: Machine, refusing: Any
+) -> None:
+    p = Problem(3, 2, 3, 8)
+    d = make(p).to(torch.float64)
+    seen = []
+    with machine.forced(""), torch.no_grad():
+        for refused, device in (("rec_cta", 1), ("", 1), ("", 0)):
+            refusing.refuse(refused)
+            refusing.use_device(device)
+            outputs = call(p, d)
+            for name, t in truth(p, d).items():
+                close(outputs[name], t)
+            kernels = refusing.take_launches()
+            seen.append((kernels.count("rec_cta_forward"), kernels.count("step_forward")))
+    assert seen == [(1, p.T), (0, p.T), (1, 0)]
+
+
+def test_a_launch_that_fails_says_which_and_why(machine: Machine, refusing: Any) -> None:
+    p = Problem(3, 2, 3, 8)
+    d = make(p).to(torch.float64)
+    refusing.refuse("step_forward")
+    with machine.forced("rec_step"), pytest.raises(RuntimeError, match="step_forward was refused"):
+        call(p, d)
