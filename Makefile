@@ -7,7 +7,7 @@ in_environment = "$(or $(PYTHON),python3)" .ci/environment.py $(if $(PYTHON),--o
 clang_format = -c 'import clang_format; clang_format.clang_format()'
 cpp_files = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: bench test packages lint format clean
+.PHONY: bench test packages lint kernels cuda-build gpu-check format clean
 
 bench: ## measure against torch.nn.LSTM
 	@$(in_environment) bench -m benchmarks $(ARGS)
@@ -23,6 +23,15 @@ lint: ## what CI checks besides the tests
 	$(in_environment) dev -m ruff format --check .
 	$(in_environment) dev -m mypy
 	$(in_environment) dev $(clang_format) --dry-run --Werror $(cpp_files)
+
+kernels: ## compile the CUDA kernels for each architecture; needs nvcc, no GPU
+	@$(in_environment) dev .ci/check_kernels.py $(ARGS)
+
+cuda-build: ## build against a CUDA build of torch and try it; needs nvcc and 6 GB, no GPU
+	@"$(or $(PYTHON),python3)" .ci/check_cuda_build.py $(ARGS)
+
+gpu-check: ## on a machine with a GPU: build, tests, sanitizers, microbenchmarks, benchmarks
+	@$(in_environment) test -m benchmarks.gpu_check $(ARGS)
 
 format: ## rewrite files in the project's format
 	$(in_environment) dev -m ruff check --fix .

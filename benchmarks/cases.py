@@ -24,7 +24,7 @@ class Case:
         workload: what this is made from.
         torch_lstm, fused_lstm: hold equal weights.
         inputs: each [T, B, I], requires a gradient, as inside a larger net.
-        gradients: of the loss with respect to the output, for each input [T, B, D * H].
+        gradients: of the loss with respect to the output, for each input [T, B, D * P].
         boundaries: lengths and resets.
     """
 
@@ -36,30 +36,37 @@ class Case:
     boundaries: Boundaries
 
     @classmethod
-    def build(cls, workload: Workload, dtype: str, device: torch.device) -> "Case":
-        """Random weights and data, the same for the same workload and dtype in every run."""
-        generator = torch.Generator().manual_seed(zlib.crc32(workload.name.encode()))
+    def build(
+        cls, workload: Workload, dtype: str, device: torch.device, buffers: int = BUFFERS
+    ) -> "Case":
+        """Random weights and data, the same for the same workload and dtype in every run.
+
+        They are drawn on the device: hosts take seconds for the largest.
+        """
+        generator = torch.Generator(device).manual_seed(zlib.crc32(workload.name.encode()))
         torch_dtype = DTYPES[dtype]
 
         def normal(features: int) -> Tensor:
-            values = torch.randn(workload.steps, workload.batch, features, generator=generator)
-            return values.to(device, torch_dtype)
+            shape = (workload.steps, workload.batch, features)
+            return torch.randn(shape, generator=generator, device=device).to(torch_dtype)
 
-        torch_lstm = nn.LSTM(**workload.module_arguments)
+        torch_lstm = nn.LSTM(**workload.module_arguments, device=device)
         bound = workload.hidden_size**-0.5
         with torch.no_grad():
             for parameter in torch_lstm.parameters():
                 parameter.uniform_(-bound, bound, generator=generator)
-        torch_lstm = torch_lstm.to(device, torch_dtype)
+        torch_lstm = torch_lstm.to(torch_dtype)
+        torch_lstm.flatten_parameters()  # where that helps
         fused_lstm = FusedLSTM(**workload.module_arguments, device=device, dtype=torch_dtype)
         fused_lstm.load_state_dict(torch_lstm.state_dict())
-        outputs = workload.hidden_size * (2 if workload.bidirectional else 1)
+        outputs = workload.proj_size or workload.hidden_size
+        outputs *= 2 if workload.bidirectional else 1
         return cls(
             workload,
             torch_lstm,
             fused_lstm,
-            inputs=[normal(workload.input_size).requires_grad_() for _ in range(BUFFERS)],
-            gradients=[normal(outputs) for _ in range(BUFFERS)],
+            inputs=[normal(workload.input_size).requires_grad_() for _ in range(buffers)],
+            gradients=[normal(outputs) for _ in range(buffers)],
             boundaries=Boundaries.draw(workload, generator),
         )
 
@@ -68,7 +75,9 @@ class Case:
         return VARIANTS[self.workload.variant]
 
     def calls(self, mode: str) -> tuple[Call, Call]:
-        """What to time in a mode: the baseline's call and ours."""
+        """What to time in a mode, until the next is asked for: the baseline's call and ours."""
+        for lstm in (self.torch_lstm, self.fused_lstm):
+            lstm.train(mode == "training")  # nn.LSTM on CUDA keeps less in evaluation
         baseline: tuple[nn.Module, Forward] = (self.torch_lstm, self.variant.torch_way)
         if self.variant.fused_baseline is not None:
             baseline = (self.fused_lstm, self.variant.fused_baseline)

@@ -35,9 +35,14 @@ class Check:
     worst_torch_error: float
 
 
-def check(case: Case) -> Check:
-    """Compares what inference gives, and outputs and every gradient of one step of training."""
-    largest, granted = BOUNDS[case.inputs[0].dtype]
+def check(case: Case, bounds: tuple[float, float] | None = None) -> Check:
+    """Compares what inference gives, and outputs and every gradient of one step of training.
+
+    Args:
+        case: what to run.
+        bounds: in place of the dtype's of BOUNDS.
+    """
+    largest, granted = bounds or BOUNDS[case.inputs[0].dtype]
     truth = _tensors(case, copy.deepcopy(case.torch_lstm).double(), case.variant.torch_way)
     torch_tensors = _tensors(case, case.torch_lstm, case.variant.torch_way)
     fused_tensors = _tensors(case, case.fused_lstm, case.variant.fused_way)
@@ -73,7 +78,9 @@ def _tensors(case: Case, lstm: nn.Module, forward: Forward) -> dict[str, Tensor]
         torch.autograd.backward([y[-1]], [dy[-1]])
     else:
         dh = dy[-1, :, : h_n.shape[-1]].expand_as(h_n)
-        torch.autograd.backward([y, h_n, c_n], [dy, dh, -dh])
+        # With a projection, c is wider than h.
+        columns = torch.arange(c_n.shape[-1], device=dh.device) % dh.shape[-1]
+        torch.autograd.backward([y, h_n, c_n], [dy, dh, -dh[..., columns]])
     result |= {"y": y.detach(), "h_n": h_n.detach(), "c_n": c_n.detach()}
     for name, tensor in [("x", x), *lstm.named_parameters()]:
         assert tensor.grad is not None, f"no gradient reached {name}"

@@ -45,7 +45,7 @@ class Environment:
             torch_version=torch.__version__,
             lstm_cuda_version=lstm_cuda.__version__,
             commit=_commit(),
-            date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            date=_now(),
         )
 
     @property
@@ -55,12 +55,87 @@ class Environment:
 
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        changed = "+" if self.commit and self.commit.endswith("+") else ""
         return (
             f"{self.cpu}, {self.cores} cores, {threads}, {self.capability}, load {self.load}; "
-            f"torch {self.torch_version}, lstm_cuda {self.lstm_cuda_version}"
-            f"{f' ({self.commit[:9]}{changed})' if self.commit else ''}; {self.date}"
+            f"torch {self.torch_version}, lstm_cuda {self.lstm_cuda_version}{_short(self.commit)}; "
+            f"{self.date}"
         )
+
+
+@dataclass(frozen=True)
+class CudaEnvironment:
+    """A GPU, its host, and software and date of a run.
+
+    Attributes:
+        capability: compute capability, "9.0".
+        driver: None where it cannot be asked.
+        clocks: of the multiprocessors and of memory, now and at most, as nvidia-smi gives them.
+    """
+
+    device: str
+    capability: str
+    multiprocessors: int
+    memory_gib: float
+    l2_mib: float
+    driver: str | None
+    clocks: str | None
+    cpu: str
+    cores: int
+    torch_version: str
+    cuda_version: str | None
+    cudnn_version: int | None
+    lstm_cuda_version: str
+    commit: str | None
+    date: str
+
+    @classmethod
+    def current(cls) -> "CudaEnvironment":
+        """Of the current device; needs one."""
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return cls(
+            device=properties.name,
+            capability=f"{properties.major}.{properties.minor}",
+            multiprocessors=properties.multi_processor_count,
+            memory_gib=round(properties.total_memory / 2**30, 1),
+            l2_mib=round(getattr(properties, "L2_cache_size", 0) / 2**20, 1),
+            driver=_nvidia_smi("driver_version"),
+            clocks=_nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"),
+            cpu=_cpu_model(),
+            cores=os.cpu_count() or 1,
+            torch_version=torch.__version__,
+            cuda_version=torch.version.cuda,
+            cudnn_version=torch.backends.cudnn.version(),
+            lstm_cuda_version=lstm_cuda.__version__,
+            commit=_commit(),
+            date=_now(),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.device} ({self.multiprocessors} multiprocessors, {self.memory_gib} GiB, "
+            f"compute capability {self.capability}), driver {self.driver}; "
+            f"torch {self.torch_version}, CUDA {self.cuda_version}, cuDNN {self.cudnn_version}, "
+            f"lstm_cuda {self.lstm_cuda_version}{_short(self.commit)}; {self.date}"
+        )
+
+
+def _nvidia_smi(fields: str) -> str | None:
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _short(commit: str | None) -> str:
+    if commit is None:
+        return ""
+    return f" ({commit[:9]}{'+' if commit.endswith('+') else ''})"
 
 
 def _cpu_model() -> str:

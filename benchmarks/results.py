@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .check import Check
-from .environment import Environment
+from .environment import CudaEnvironment, Environment
 from .timing import Comparison
 from .variants import VARIANTS
 from .workloads import Workload
@@ -61,11 +61,14 @@ class Memory:
 class ResultsFile:
     """Appends records, each with its environment, and leaves a readable file when cut off."""
 
-    def __init__(self, path: Path, environment: Environment) -> None:
+    def __init__(
+        self, path: Path, environment: Environment | CudaEnvironment, append: bool = False
+    ) -> None:
         self.path = path
         self._environment = dataclasses.asdict(environment)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
+        if not append:
+            path.write_text("")
 
     def add(self, record: dict[str, Any]) -> None:
         with self.path.open("a") as file:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 Call = Callable[[], object]
 
 MIN_SAMPLE_MS = 2.0  # far above the clock's own cost and resolution
@@ -41,17 +39,6 @@ class HostClock:
         for _ in range(repeats):
             call()
         return (self._now() - start) * 1e3 / repeats
-
-
-def clock_for(device: torch.device, process_time: bool) -> Clock:
-    """The clock that measures work on a device.
-
-    Raises:
-        ValueError: if the device has none.
-    """
-    if device.type != "cpu":
-        raise ValueError(f"cannot measure on {device.type!r} yet: use --device cpu")
-    return HostClock(time.process_time if process_time else time.perf_counter)
 
 
 @dataclass(frozen=True)

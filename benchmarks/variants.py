@@ -18,20 +18,23 @@ class Boundaries:
     """Where rows stop and episodes begin.
 
     Attributes:
-        lengths: uniform in [T/2, T], [B] int64.
+        lengths: uniform in [T/2, T], [B] int64, on the CPU, where packing wants them.
+        device_lengths: the same where the data is.
         reset: True at 2 % of the steps, [T, B] bool.
     """
 
     lengths: Tensor
+    device_lengths: Tensor
     reset: Tensor
 
     @classmethod
     def draw(cls, workload: Workload, generator: torch.Generator) -> "Boundaries":
-        steps, batch = workload.steps, workload.batch
-        return cls(
-            lengths=torch.randint((steps + 1) // 2, steps + 1, (batch,), generator=generator),
-            reset=torch.rand(steps, batch, generator=generator) < 0.02,
-        )
+        """Random ones, on the generator's device."""
+        steps, batch, device = workload.steps, workload.batch, generator.device
+        shortest = (steps + 1) // 2
+        lengths = torch.randint(shortest, steps + 1, (batch,), generator=generator, device=device)
+        reset = torch.rand(steps, batch, generator=generator, device=device) < 0.02
+        return cls(lengths.cpu(), lengths, reset)
 
 
 def dense(lstm: nn.Module, x: Tensor, boundaries: Boundaries) -> Result:
@@ -48,7 +51,7 @@ def packed(lstm: nn.Module, x: Tensor, boundaries: Boundaries) -> Result:
 
 def with_lengths(lstm: nn.Module, x: Tensor, boundaries: Boundaries) -> Result:
     """FusedLSTM over rows of several lengths."""
-    return lstm(x, lengths=boundaries.lengths)
+    return lstm(x, lengths=boundaries.device_lengths)
 
 
 def step_loop(lstm: nn.Module, x: Tensor, boundaries: Boundaries) -> Result:

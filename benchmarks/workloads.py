@@ -36,6 +36,7 @@ class Workload:
         last_step_only: the loss sees only the last step's output.
         dtype: overrides the `--dtype` of the run.
         quick: part of a `--quick` run.
+        proj_size: size of the output if it is projected, else 0.
     """
 
     name: str
@@ -51,15 +52,16 @@ class Workload:
     last_step_only: bool = False
     dtype: str | None = None
     quick: bool = False
+    proj_size: int = 0
 
     @property
     def shape(self) -> str:
         """For example "T15 B1 96→32 bi"."""
         layers = f" L{self.num_layers}" if self.num_layers > 1 else ""
         direction = " bi" if self.bidirectional else ""
-        return (
-            f"T{self.steps} B{self.batch} {self.input_size}→{self.hidden_size}{layers}{direction}"
-        )
+        sizes = f"{self.input_size}→{self.hidden_size}"
+        sizes += f"→{self.proj_size}" if self.proj_size else ""
+        return f"T{self.steps} B{self.batch} {sizes}{layers}{direction}"
 
     @property
     def module_arguments(self) -> dict[str, Any]:
@@ -69,6 +71,7 @@ class Workload:
             "hidden_size": self.hidden_size,
             "num_layers": self.num_layers,
             "bidirectional": self.bidirectional,
+            "proj_size": self.proj_size,
         }
 
 

@@ -79,6 +79,7 @@ def test_a_wrong_weight_fails_the_check(value: float) -> None:
 def test_training_leaves_gradients_of_one_pass() -> None:
     case = Case.build(small(), "float64", CPU)
     for call in case.calls("training"):
+        assert case.torch_lstm.training and case.fused_lstm.training
         call()
         call()  # the second batch: its gradients replace those of the first
     x, dy = case.inputs[1].detach(), case.gradients[1]
@@ -86,6 +87,12 @@ def test_training_leaves_gradients_of_one_pass() -> None:
     for lstm in (case.torch_lstm, case.fused_lstm):
         for parameter, gradient in zip(lstm.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_inference_is_measured_in_evaluation() -> None:
+    case = Case.build(small(), "float32", CPU)
+    case.calls("inference")
+    assert not case.torch_lstm.training and not case.fused_lstm.training
 
 
 # Timing
@@ -204,7 +211,7 @@ def test_training_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "cuda"], "use --device cpu"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--workloads", "nonsense"], "nonsense"),
         (["--threads", "2", "--process-time"], "--threads 1"),
     ],
@@ -228,5 +235,5 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(entry, "NEEDED", ("rich", "no_such_package"))
-    assert entry.main() == 2
+    assert entry.main([]) == 2
     assert "pip install no_such_package" in capsys.readouterr().err

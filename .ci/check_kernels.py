@@ -1,0 +1,318 @@
+"""Compiles the CUDA kernels for every architecture, without torch or a GPU, and reads the reports.
+
+    check_kernels.py [--arch 90a ...] [--jobs N] [FILE.cu ...]
+
+A spilled register, a byte of stack (an array that slipped into local memory shows only there) or a
+warning fails the check. Where there is a `cuobjdump`, the machine code is read too: it must hold no
+load or store of local memory. Each file is compiled once an architecture, straight to machine code:
+that skips the host compiler and the packing of a fat binary, and keeps all cores busy to the end.
+Only the first architecture makes an object, so that host code is compiled with warnings once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("90a", "80", "86", "89", "100a", "120")
+FLAGS = ("-std=c++20", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v")
+HOST_FLAGS = ("-Xcompiler", "-Wall,-Wextra,-Werror")
+
+
+@dataclass
+class Usage:
+    """What ptxas says of one function.
+
+    Attributes:
+        name: mangled.
+        registers: None for a function that is called, not launched.
+        shared_bytes: static shared memory only.
+    """
+
+    name: str
+    architecture: str
+    registers: int | None = None
+    shared_bytes: int = 0
+    spill_bytes: int = 0
+    stack_bytes: int = 0
+
+
+@dataclass
+class Compilation:
+    """One file for one architecture."""
+
+    source: Path
+    architecture: str
+    seconds: float
+    output: str
+    failed: bool
+    usages: list[Usage] = field(default_factory=list)
+    local_accesses: dict[str, int] = field(default_factory=dict)  # by mangled name
+
+
+def find_nvcc() -> str:
+    """The nvcc of CUDA_HOME if that is set, else of /usr/local/cuda or PATH."""
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        found = shutil.which("nvcc", path=str(Path(home) / "bin"))
+        if found is None:
+            sys.exit(f"error: CUDA_HOME is {home}, but there is no bin/nvcc in it")
+        return found
+    found = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
+    if found is None:
+        sys.exit(
+            "error: checking the kernels needs nvcc, which is neither in /usr/local/cuda/bin nor "
+            "on PATH. Install a CUDA toolkit (no GPU is needed), or set CUDA_HOME to one."
+        )
+    return found
+
+
+def find_cuobjdump(nvcc: str) -> str | None:
+    """The toolkit's, or that of the package nvidia-cuda-cuobjdump in this environment."""
+    packages = Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")
+    folders = [Path(nvcc).resolve().parent, *packages]
+    found = (shutil.which("cuobjdump", path=str(folder)) for folder in folders)
+    return next((path for path in found if path), None) or shutil.which("cuobjdump")
+
+
+def read_usages(report: str, architecture: str) -> list[Usage]:
+    """The functions in ptxas' verbose report."""
+    usages: dict[str, Usage] = {}
+    entry = current = None
+
+    def usage(name: str) -> Usage:
+        return usages.setdefault(name, Usage(name, architecture))
+
+    for line in report.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)'", line):
+            entry = usage(match[1])
+        elif match := re.search(r"Function properties for (\S+)", line):
+            current = usage(match[1])
+        elif match := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
+            assert current is not None, f"ptxas speaks of a function it has not named: {line}"
+            current.stack_bytes = max(current.stack_bytes, int(match[1]))
+            current.spill_bytes = int(match[2]) + int(match[3])
+        elif match := re.search(r"Used (\d+) registers", line):
+            assert entry is not None, f"ptxas speaks of a kernel it has not named: {line}"
+            entry.registers = int(match[1])
+            if smem := re.search(r"(\d+) bytes smem", line):
+                entry.shared_bytes = int(smem[1])
+            if stack := re.search(r"(\d+) bytes (?:cumulative stack size|lmem)", line):
+                entry.stack_bytes = max(entry.stack_bytes, int(stack[1]))
+    return list(usages.values())
+
+
+def read_local_accesses(sass: str) -> dict[str, int]:
+    """How many instructions of each function, as cuobjdump lists them, touch local memory."""
+    counts: dict[str, int] = {}
+    name = ""
+    for line in sass.splitlines():
+        if match := re.match(r"\s*Function : (\S+)", line):
+            name = match[1]
+            counts[name] = 0
+        elif re.match(r"\s*/\*[0-9a-f]+\*/\s.*?\b(LDL|STL)\b", line):
+            counts[name] += 1
+    return counts
+
+
+def read_warnings(output: str) -> list[str]:
+    """Lines that warn. A serialised wgmma is called a loss of performance, not a warning."""
+    marks = r"\bwarning\b|Potential Performance Loss"
+    return [line.strip() for line in output.splitlines() if re.search(marks, line, re.IGNORECASE)]
+
+
+def read_enumerators(text: str) -> dict[str, str]:
+    """What demanglers print for the enumerators in C++ text, and their names.
+
+    Only enumerations in one line or more without given values: "(Tile)1" is "medium".
+    """
+    text = re.sub(r"//.*", "", text)
+    found = {}
+    for name, body in re.findall(r"\benum class (\w+)[^{;]*\{([^}=]*)\}", text):
+        for value, enumerator in enumerate(re.findall(r"\w+", body)):
+            found[f"({name}){value}"] = enumerator
+    return found
+
+
+def demangle(names: Iterable[str], enumerators: dict[str, str]) -> dict[str, str]:
+    """Short readable names: no parameters, no namespaces; mangled ones where c++filt is missing."""
+    unique = list(dict.fromkeys(names))
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None or not unique:
+        return {name: name for name in unique}
+    done = subprocess.run([tool], input="\n".join(unique), text=True, capture_output=True)
+    readable = [shorten(line) for line in done.stdout.splitlines()]
+    for number, name in enumerators.items():
+        readable = [re.sub(re.escape(number) + r"\b", name, line) for line in readable]
+    return dict(zip(unique, readable, strict=True))
+
+
+def shorten(name: str) -> str:
+    """ "lstm_cuda::(anonymous namespace)::f<(lstm_cuda::A)1>(P)" becomes "f<(A)1>"."""
+    name = name.removeprefix("void ")
+    name = re.sub(r"(_GLOBAL__N_\w*|\(anonymous namespace\)|<unnamed>)::", "", name)
+    name = re.sub(r"\b(lstm_cuda|ptx)::", "", name)
+    depth = 0
+    for position, character in enumerate(name):
+        depth += (character == "<") - (character == ">")
+        if character == "(" and depth == 0:
+            return name[:position]
+    return name
+
+
+def compile_one(nvcc: str, cuobjdump: str | None, source: Path, architecture: str) -> Compilation:
+    """Compiles a file for an architecture, and reads what came of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernels"
+        kind = ("-c", *HOST_FLAGS) if architecture == ARCHITECTURES[0] else ("-cubin",)
+        target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+        command = [nvcc, *FLAGS, target, *kind, str(source), "-o", str(binary)]
+        start = time.perf_counter()
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        seconds = time.perf_counter() - start
+        failed = done.returncode != 0
+        result = Compilation(source, architecture, seconds, done.stdout, failed)
+        if failed:
+            return result
+        result.usages = read_usages(done.stdout, architecture)
+        if cuobjdump is not None:
+            sass = subprocess.run(
+                [cuobjdump, "-sass", str(binary)], stdout=subprocess.PIPE, text=True, check=True
+            )
+            result.local_accesses = read_local_accesses(sass.stdout)
+        return result
+
+
+def failures(results: Sequence[Compilation], names: dict[str, str]) -> list[str]:
+    """One sentence for each thing that must not be, and the architectures where it is."""
+    found: dict[str, list[str]] = {}
+
+    def add(sentence: str, result: Compilation) -> None:
+        found.setdefault(f"{result.source.name}: {sentence}", []).append(result.architecture)
+
+    for result in results:
+        if result.failed:
+            add(f"it does not compile\n{result.output.strip()}\n   ", result)
+            continue
+        for line in read_warnings(result.output):
+            add(line, result)
+        for usage in result.usages:
+            if usage.spill_bytes:
+                add(f"{names[usage.name]} spills {usage.spill_bytes} bytes of registers", result)
+            if usage.stack_bytes:
+                add(f"{names[usage.name]} has a stack frame of {usage.stack_bytes} bytes", result)
+        for name, count in result.local_accesses.items():
+            if count:
+                add(f"{names.get(name, name)} holds {count} LDL or STL", result)
+    return [f"{sentence} (sm_{', sm_'.join(where)})" for sentence, where in found.items()]
+
+
+def table(
+    results: Sequence[Compilation], names: dict[str, str]
+) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row for each function: registers by architecture, the worst of the rest."""
+    architectures = list(dict.fromkeys(result.architecture for result in results))
+    by_function: dict[tuple[str, str], dict[str, Usage]] = {}
+    for result in results:
+        for usage in result.usages:
+            key = (result.source.name, names[usage.name])
+            by_function.setdefault(key, {})[usage.architecture] = usage
+    rows = []
+    for (source, name), usages in sorted(by_function.items()):
+        found = [usages.get(architecture) for architecture in architectures]
+        registers = [str(u.registers) if u and u.registers is not None else "-" for u in found]
+        worst = [
+            str(max(getattr(usage, what) for usage in usages.values()))
+            for what in ("shared_bytes", "spill_bytes", "stack_bytes")
+        ]
+        rows.append([source, name, *registers, *worst])
+    headings = ["file", "kernel", *(f"sm_{a}" for a in architectures), "shared", "spill", "stack"]
+    return headings, rows
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """With rich if it is there, else in plain columns."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError:
+        widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+        for row in (headings, *rows):
+            cells = zip(row, widths, strict=True)
+            print("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+    grid = Table(title="registers by architecture; bytes of the rest", title_justify="left")
+    for index, heading in enumerate(headings):
+        grid.add_column(heading, justify="right" if index > 1 else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    console.print(grid)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compiles the CUDA kernels and reads the reports.")
+    parser.add_argument("files", nargs="*", type=Path, help="default: csrc/cuda/*.cu")
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=int, default=cores, help="compilers at once; default: cores")
+    options = parser.parse_args(arguments)
+    sources = options.files or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    if not sources:
+        sys.exit(f"error: there are no kernels (*.cu) in {ROOT / 'csrc' / 'cuda'}")
+    if missing := [str(source) for source in sources if not source.is_file()]:
+        sys.exit(f"error: no such file: {', '.join(missing)}")
+    nvcc = find_nvcc()
+    cuobjdump = find_cuobjdump(nvcc)
+
+    # Large files first, so that none is left over for one core at the end.
+    sources = sorted(sources, key=lambda source: -source.stat().st_size)
+    start = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        waiting = [
+            pool.submit(compile_one, nvcc, cuobjdump, source, architecture)
+            for source in sources
+            for architecture in options.arch
+        ]
+        results = [job.result() for job in waiting]
+    seconds = time.perf_counter() - start
+
+    headers = [path.read_text() for path in sorted((ROOT / "csrc").rglob("*.h"))]
+    mangled = (usage.name for result in results for usage in result.usages)
+    names = demangle(mangled, read_enumerators("\n".join(headers)))
+    print_table(*table(results, names))
+    for source in sources:
+        of_file = [result.seconds for result in results if result.source == source]
+        print(f"{source.name}: {sum(of_file):.1f} s for {len(of_file)} architectures")
+    mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
+    print(f"all: {seconds:.1f} s, {options.jobs} at once; the largest process took {mib:.0f} MiB")
+    if cuobjdump is None:
+        print("machine code was not read: no cuobjdump (a part of the toolkit)")
+    found = failures(results, names)
+    for failure in found:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    if not any(result.usages for result in results) and not found:
+        print("FAILED: no kernel was compiled from any of the files", file=sys.stderr)
+        return 1
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
