@@ -7,7 +7,7 @@ from .explain import explain
 from .functional import fused_lstm
 from .lstm_cell import FusedLSTMCell
 from .module import FusedLSTM
-from .ops import build_info, force_kernel
+from .ops import CudaDevice, build_info, force_kernel
 
 try:
     __version__ = version("lstm_cuda")
@@ -15,6 +15,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "CudaDevice",
     "FusedLSTM",
     "FusedLSTMCell",
     "__version__",

@@ -12,12 +12,15 @@ from .layer import tf32_allowed
 from .module import FusedLSTM
 
 
-def explain(module: FusedLSTM, x: Tensor | PackedSequence) -> str:
+def explain(
+    module: FusedLSTM, x: Tensor | PackedSequence, device: ops.CudaDevice | None = None
+) -> str:
     """Tell which path the module would take for an input, layer by layer; nothing is run.
 
     Args:
         module: the FusedLSTM asked about, in the mode (training or not) asked about.
         x: an input for it, as for ``FusedLSTM.forward``.
+        device: a CUDA device to ask about, in this machine or not; None for x's device.
 
     Returns:
         One line on the choice, then one a layer, each with what the kernels' plan says under it.
@@ -25,14 +28,14 @@ def explain(module: FusedLSTM, x: Tensor | PackedSequence) -> str:
     if not isinstance(module, FusedLSTM):
         raise TypeError(f"module must be a FusedLSTM; got {type(module).__name__}")
     data = x.data if isinstance(x, PackedSequence) else x
-    device = data.device.type
+    kind = data.device.type if device is None else "cuda"
     options = module._extras()
     if module.backend == "torch":
         return 'reference: backend="torch" asks for it (plain torch, one step at a time)'
     if options:
         return f"reference (plain torch): the fused op has no {', '.join(options)} yet"
     try:
-        ops.require(device)
+        ops.require(kind if device is None else "cpu")
     except RuntimeError as error:
         return f"error: {error}"
 
@@ -45,25 +48,41 @@ def explain(module: FusedLSTM, x: Tensor | PackedSequence) -> str:
     D = 2 if module.bidirectional else 1
     H = module.hidden_size
     P = module.proj_size or H
-    dtype = autocast_dtype(device) or data.dtype
+    dtype = autocast_dtype(kind) or data.dtype
     training = torch.is_grad_enabled() and (
         data.requires_grad or any(p.requires_grad for p in module.parameters())
     )
     lines = [
-        f"fused op on {device}, {str(dtype).removeprefix('torch.')}, T={T} B={B}: "
+        f"fused op on {kind}, {str(dtype).removeprefix('torch.')}, T={T} B={B}: "
         + ("saves for backward" if training else "inference, saves nothing")
     ]
     for layer in range(module.num_layers):
         features = module.input_size if layer == 0 else D * P
         line = f"layer {layer}: {D} x LSTM {features} -> {H}" + (f" -> {P}" if P != H else "")
-        for backward in (False, True)[: 1 + training] if device in ("cpu", "cuda") else ():
+        for backward in (False, True)[: 1 + training] if kind in ("cpu", "cuda") else ():
             sizes = (T, B, D, features, H, P, dtype, backward)
-            if device == "cpu":
+            if kind == "cpu":
                 plan = ops.plan_cpu(*sizes)
             else:
-                allow_tf32 = tf32_allowed(device, dtype)
-                plan = ops.plan_cuda(*sizes, allow_tf32, ops.CudaDevice.of(data.device))
+                asked = device or ops.CudaDevice.of(data.device)
+                plan = ops.plan_cuda(*sizes, tf32_allowed(kind, dtype), asked)
             line += f"\n  {'backward' if backward else 'forward'}: "
-            line += ", ".join(f"{key}={value}" for key, value in plan.items())
+            line += _in_words(plan)
         lines.append(line)
     return "\n".join(lines)
+
+
+def _in_words(plan: dict[str, object]) -> str:
+    """A plan of ops.plan_cpu or ops.plan_cuda."""
+    if "kernel" not in plan:
+        return ", ".join(f"{key}={value}" for key, value in plan.items())
+    kernel, because = plan["kernel"], plan["because"]
+    if not plan["possible"]:
+        return f"error: {kernel} cannot run it: {because}"
+    how = f"{kernel}, {plan['arithmetic']} products, "
+    if kernel == "rec_cta":
+        how += f"one launch for all steps, H padded to {plan['padded_hidden']}"
+    else:
+        how += "overlapping launches" if plan["launches_overlap"] else "launches"
+        how += f" for each step, {plan['tile']} tiles"
+    return f"{how}: {because}"

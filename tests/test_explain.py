@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from lstm_cuda import FusedLSTM, explain
+from lstm_cuda import CudaDevice, FusedLSTM, explain, force_kernel
 from lstm_cuda.functional import warn_reference
 
 
@@ -41,3 +41,24 @@ def test_an_error_is_told_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lstm_cuda.ops.load_error", "there is no compiled part")
     text = explain(FusedLSTM(3, 4), torch.randn(5, 2, 3))
     assert text == "error: there is no compiled part"
+
+
+def test_a_cuda_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    h100 = CudaDevice(architecture=90, multiprocessors=132, shared_bytes=232448)
+    lstm = FusedLSTM(3, 64, 2, bidirectional=True)
+    x = torch.randn(7, 20, 3)
+    lines = explain(lstm, x, h100).splitlines()
+    assert lines[0].startswith("fused op on cuda, float32, T=7 B=20")
+    assert lines[2] == (
+        "  forward: rec_cta, tf32 products, one launch for all steps, H padded to 64: "
+        "the weights fit the registers of one block"
+    )
+    assert lines[3].startswith("  backward: rec_cta")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert "float32 products" in explain(lstm, x, h100)
+    with force_kernel("rec_step"):
+        assert "rec_step, float32" in explain(lstm, x, h100)
+    text = explain(FusedLSTM(3, 64, proj_size=8), x, h100)
+    assert "overlapping launches for each step, small tiles: projected" in text
+    old = CudaDevice(architecture=75, multiprocessors=40, shared_bytes=65536)
+    assert "error: rec_step cannot run it: the device is older" in explain(lstm, x, old)
