@@ -1,11 +1,17 @@
 """What all tests share: poisoned memory, the devices, and the seed."""
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from emulation import build, python_module
 
 from lstm_cuda import ops
+
+# cuBLAS is deterministic only with a workspace of fixed size, and reads this when it starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def cuda_missing() -> str | None:
@@ -17,11 +23,42 @@ def cuda_missing() -> str | None:
     return None
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    missing = cuda_missing() if request.param == "cuda" else None
-    if missing is not None:
-        pytest.skip(missing)
+@pytest.fixture(scope="session")
+def emulator() -> Any:
+    """The module that runs the CUDA path on CPU tensors, its kernels emulated."""
+    if reason := build.unavailable():
+        pytest.skip(reason)
+    module = python_module.load(python_module.compile_module())
+    torch.library.register_fake("lstm_cuda_emulated::layer_forward", ops._layer_forward_fake)
+    torch.library.register_fake("lstm_cuda_emulated::layer_backward", ops._layer_backward_fake)
+    return module
+
+
+@pytest.fixture
+def emulated_ops(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The emulator, with its ops in the place of those for the CPU."""
+    library = torch.ops.lstm_cuda_emulated
+    monkeypatch.setattr(ops, "_forward", library.layer_forward.default)
+    monkeypatch.setattr(ops, "_backward", library.layer_backward.default)
+    monkeypatch.setattr(ops, "saved_gates_dtype", lambda x: x.dtype)
+    return emulator
+
+
+# "emulated" is the CUDA path on CPU tensors, so to tests the device is the CPU.
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+DEVICES = ["cpu", "emulated", CUDA]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "emulated":
+        request.getfixturevalue("emulated_ops")
+        return "cpu"
+    if request.param == "cuda":
+        if missing := cuda_missing():
+            pytest.skip(missing)
+        # Bounds for float32 are those of exact products; TF32 has tests of its own.
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return str(request.param)
 
 

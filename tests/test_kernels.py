@@ -15,8 +15,7 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from conftest import cuda_missing
-from emulation import build, python_module
+from conftest import CUDA, cuda_missing
 from helpers import (
     Problem,
     assert_accurate,
@@ -51,13 +50,6 @@ H200 = CudaDevice(90, 132, 232448)
 TF32_BOUNDS = (2e-3, 1e-3)
 
 
-@pytest.fixture(scope="session")
-def emulator() -> Any:
-    if reason := build.unavailable():
-        pytest.skip(reason)
-    return python_module.load(python_module.compile_module())
-
-
 @dataclass
 class Machine:
     """Where kernels run: on a GPU, or emulated on the CPU."""
@@ -72,6 +64,8 @@ class Machine:
     ) -> Iterator[None]:
         """Run every layer on the family, with threads in the order where that can be said."""
         self.monkeypatch.setattr(layer, "tf32_allowed", lambda *_: arithmetic == "tf32")
+        # nn.LSTM, with which results are compared, goes by torch's setting.
+        self.monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", arithmetic == "tf32")
         if self.emulator is None:
             with ops.force_kernel(family):
                 yield
@@ -86,16 +80,13 @@ class Machine:
             self.emulator.set_order("forward", 0)
 
 
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["emulated", CUDA])
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    if request.param == "cuda":
-        if missing := cuda_missing():
-            pytest.skip(missing)
-        return Machine("cuda", monkeypatch)
-    library = request.getfixturevalue("emulator"), torch.ops.lstm_cuda_emulated
-    monkeypatch.setattr(ops, "_forward", library[1].layer_forward.default)
-    monkeypatch.setattr(ops, "_backward", library[1].layer_backward.default)
-    return Machine("cpu", monkeypatch, library[0])
+    if request.param == "emulated":
+        return Machine("cpu", monkeypatch, request.getfixturevalue("emulated_ops"))
+    if missing := cuda_missing():
+        pytest.skip(missing)
+    return Machine("cuda", monkeypatch)
 
 
 def can_run(family: str, p: Problem, arithmetic: str) -> bool:
