@@ -39,6 +39,15 @@ def step(
     return Mutant(f"step_{name}", path, old, new, variant, RECURRENCE, arguments, count)
 
 
+def cta(
+    name: str, file: str, old: str, new: str, variant: str, arithmetic: str, count: int = 1
+) -> Mutant:
+    """One of rec_cta's."""
+    arguments = ("rec_cta", arithmetic, "forward", "0")
+    path = f"csrc/cuda/rec_cta{file}"
+    return Mutant(f"cta_{name}", path, old, new, variant, RECURRENCE, arguments, count)
+
+
 MUTANTS = [
     Mutant(
         "block_sync_missing_before_a_read",
@@ -191,6 +200,153 @@ MUTANTS = [
         "",
         "tsan",
         "float64",
+    ),
+    cta(
+        "no_barrier_in_a_step",
+        "_forward.cu",
+        "    ptx::block_sync();  // the four hazards",
+        "    // the four hazards",
+        "tsan",
+        "bfloat16",
+    ),
+    cta(
+        "one_h_for_two_steps",
+        "_forward.cu",
+        "% 2 * Tile::kValues",
+        "% 1 * Tile::kValues",
+        "tsan",
+        "bfloat16",
+        count=2,
+    ),
+    cta(
+        "gates_x_read_before_they_landed",
+        "_forward.cu",
+        "cp_async_wait<kSlots - 2>",
+        "cp_async_wait<kSlots - 1>",
+        "plain",
+        "bfloat16",
+        count=2,
+    ),
+    cta(
+        "slot_filled_while_it_is_read",
+        "_forward.cu",
+        "fetch(step + kSlots - 1, tile_at + (kSlots - 1) * time_step)",
+        "fetch(step + kSlots, tile_at + kSlots * time_step)",
+        "plain",
+        "bfloat16",
+    ),
+    cta(
+        "state_over_a_reset",
+        "_forward.cu",
+        "fresh >> j & 1 ? Compute(0) : c[j]",
+        "c[j]",
+        "plain",
+        "float64",
+    ),
+    cta(
+        "rows_past_the_batch",
+        "_forward.cu",
+        "return 2 * q + j < part.rows && unit < H;",
+        "return unit < H;",
+        "asan",
+        "bfloat16",
+    ),
+    cta(
+        "steps_past_the_last",
+        "_forward.cu",
+        "if (step < steps && schedule.time(step)",
+        "if (schedule.time(step)",
+        "asan",
+        "float32",
+    ),
+    cta(
+        "a_step_past_the_length",
+        "_forward.cu",
+        "active[j] = t < length[j];",
+        "active[j] = t <= length[j];",
+        "plain",
+        "float64",
+    ),
+    cta(
+        "no_barrier_in_a_step_back",
+        "_backward.cu",
+        "    ptx::block_sync();  // the four hazards",
+        "    // the four hazards",
+        "tsan",
+        "bfloat16",
+    ),
+    cta(
+        "one_dgates_for_two_steps",
+        "_backward.cu",
+        "% 2 * Tile::kValues",
+        "% 1 * Tile::kValues",
+        "tsan",
+        "bfloat16",
+        count=2,
+    ),
+    cta(
+        "cell_of_the_wrong_step",
+        "_backward.cu",
+        "c.at(step + 1, column, unit)",
+        "c.at(step, column, unit)",
+        "plain",
+        "float64",
+    ),
+    cta(
+        "dh_over_a_reset",
+        "_backward.cu",
+        " & ~fresh;",
+        ";",
+        "plain",
+        "float64",
+    ),
+    cta(
+        "dc_over_a_reset",
+        "_backward.cu",
+        "(fresh >> j & 1 ? Compute(0) : dc_step)",
+        "dc_step",
+        "plain",
+        "float64",
+    ),
+    cta(
+        "initial_cell_ignored",
+        "_backward.cu",
+        "if (active && t == part.first(length[j]))",
+        "if (false)",
+        "plain",
+        "float64",
+    ),
+    cta(
+        "fragments_swapped",
+        "_product.cuh",
+        "{b[2 * half], b[2 * half + 1]}",
+        "{b[2 * half + 1], b[2 * half]}",
+        "plain",
+        "tf32",
+    ),
+    cta(
+        "weights_past_the_last_unit",
+        "_product.cuh",
+        "if (of_gate < H && column < H)",
+        "if (column < H)",
+        "asan",
+        "float32",
+    ),
+    cta(
+        "weights_read_before_they_are_there",
+        "_product.cuh",
+        "    ptx::block_sync();  // the panel is complete",
+        "    // the panel is complete",
+        "tsan",
+        "float16",
+    ),
+    cta(
+        "weights_overwritten_before_they_are_read",
+        "_product.cuh",
+        "    ptx::block_sync();  // it is read before",
+        "    // it is read before",
+        "tsan",
+        "float16",
     ),
 ]
 

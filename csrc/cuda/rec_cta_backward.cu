@@ -3,29 +3,33 @@
 //   each step, from the last to the first:
 //     dh = w_hh^T dgates[the step processed before] + dy[t];  cell backward (cell.h);  dgates[t]
 //
-// Grid: D * ceil(B / 8) blocks that know nothing of each other. Block: one warp for 16 hidden units.
+// Grid: D * ceil(B / 8) blocks that know nothing of each other. Block: a warp for 16 hidden units.
 //   Warp w has rows 16w..16w+15 of w_hh^T, so lane (g, q) gets dh of units 16w + g and 16w + g + 8
-//   for columns 2q and 2q + 1, and has dh, dc and c of these four cells in registers for all steps.
+//   for columns 2q and 2q + 1, and has dh and dc of these four cells in registers for all steps.
 //   The product's depth is 4 * padded H, gate by gate; no part of it is left to another warp.
 // Weights: w_hh^T stays in registers. Units past H are zeros there and never become active.
 // Shared memory:
-//   dgates               [2 steps][4 * padded H] x 8 columns   rounded as they are stored
-//   gates, c, dy, dc     [4 steps][8 columns][4H or H]         rings, filled three steps ahead by
-//                        cp.async; c is that of the step before in the order of the recurrence
-// Protocol: one block_sync a step. Step s reads dgates[(s - 1) % 2] and slot s % 4, writes
-// dgates[s % 2] and begins to fill slot (s + 3) % 4, which step s - 1 read. The barrier at the end of
-// step s therefore ends four hazards: dgates[s % 2] is complete before step s + 1 reads it, and
-// dgates[(s - 1) % 2] is read before step s + 1 writes it; slot (s + 1) % 4 is complete (every thread
-// has waited for its own copies), and slot s % 4 is read before step s + 1 fills it.
+//   dgates           [2 steps][4 * padded H] x 8 columns   rounded as they are stored
+//   gates, c, dy, dc [4 steps][8 columns][4H or H]         rings, filled 3 steps ahead by cp.async
+//   Before the first step the ring of gates is where w_hh passes through.
+// Protocol: one block_sync a step. Step s reads dgates[(s - 1) % 2], slot s % 4 and, for the c of
+// the step before in the order of the recurrence, slot (s + 1) % 4. It writes dgates[s % 2] and
+// begins to fill slot (s + 3) % 4, which step s - 1 read last. The barrier at the end of step s
+// therefore ends four hazards: dgates[s % 2] is complete before step s + 1 reads it, and
+// dgates[(s - 1) % 2] is read before step s + 1 writes it; slots (s + 1) % 4 and (s + 2) % 4 are
+// complete (every thread has waited for its own copies), and slot s % 4 is read before step s + 1
+// fills it.
 #include "rec_cta.cuh"
 
 namespace lstm_cuda {
 namespace rec_cta {
 
-// Which unit of the warp a row of its product is; k is the gate and unit whose dgates it multiplies.
+// Which unit of the warp a row of its product is; k is the gate and unit whose dgates it
+// multiplies.
 template <int kPadded_>
 struct BackwardRows {
   static constexpr int kPadded = kPadded_;
+  static constexpr int kThreads = kPadded / 16 * 32;
   static constexpr bool kTransposed = true;
   static LSTM_DEVICE int first_unit() { return int(ptx::thread_index()) / 32 * 16; }
   static LSTM_DEVICE int gate(int, int, int k) { return k / kPadded; }
@@ -38,9 +42,10 @@ struct BackwardTraits {
   using Element = typename Types<arithmetic>::Element;
   using Compute = typename Types<arithmetic>::Compute;
   static constexpr int kPadded = kPadded_;
-  static constexpr int kThreads = kPadded / 16 * 32;
-  using Tile = OperandTile<Element, 4 * kPadded>;
   using Rows = BackwardRows<kPadded>;
+  static constexpr int kThreads = Rows::kThreads;
+  using Tile = OperandTile<Element, 4 * kPadded>;
+  using Product = rec_cta::Product<arithmetic, 1, 4 * kPadded, 4>;
   using Gates = RowRing<Element, 4 * kPadded, kThreads>;
   using Elements = RowRing<Element, kPadded, kThreads>;
   using Computes = RowRing<Compute, kPadded, kThreads>;
@@ -82,7 +87,7 @@ backward_kernel(LSTM_PARAMETER BackwardParams params) {
   const typename K::Computes dc_in(shared, p.dc, H);
   Element* const tiles = shared.take<Element>(2 * Tile::kValues, 16);
 
-  Product<K::arithmetic, 1, 4 * K::kPadded> product;
+  typename K::Product product;
   load_weights<typename K::Rows>(product, gates.values, params.w_hh[part.d], H);
 
   // Fetch the inputs of the first steps.
@@ -103,10 +108,9 @@ backward_kernel(LSTM_PARAMETER BackwardParams params) {
   LSTM_UNROLL
   for (int step = 0; step < kSlots - 1; ++step) fetch(step, tile_at + step * time_step);
 
-  // This thread's four cells: i / 2 says which unit, i % 2 which column. dh and dc of a row that has
-  // not begun are those of its final state, so nothing has to be added at its last step.
-  bool crossed[2] = {}, fresh[2];  // crossed: the step processed before left a gradient of h
-  int length[2] = {};
+  // This thread's four cells: i / 2 says which unit, i % 2 which column. dh and dc of a row that
+  // has not begun are those of its final state, so nothing has to be added at its last step.
+  int length[2];
   Compute dh[4], dc[4];
   const auto exists = [&](int i) {
     return 2 * q + i % 2 < part.rows && first_unit + 8 * (i / 2) < H;
@@ -114,10 +118,6 @@ backward_kernel(LSTM_PARAMETER BackwardParams params) {
   const auto state_at = [&](int i) {  // in [D, B, H]
     const int64_t row = part.d * p.shape.B + part.b(2 * q + i % 2);
     return row * H + first_unit + 8 * (i / 2);
-  };
-  const auto starts_fresh = [&](int step, int j) {
-    const int t = time_of(step);
-    return step < steps && t < length[j] && schedule.fresh(t, part.b(2 * q + j));
   };
   LSTM_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -129,8 +129,12 @@ backward_kernel(LSTM_PARAMETER BackwardParams params) {
     dh[i] = state(p.dh_n);
     dc[i] = state(p.dc_n);
   }
-  fresh[0] = starts_fresh(0, 0);
-  fresh[1] = starts_fresh(0, 1);
+  // Bit j: no state of column 2q + j crosses into this step; the step processed before left a
+  // gradient of its h. (As flags each would take a register.)
+  const auto starts_fresh = [&](int step) {
+    return part.fresh(step, time_of(step), 2 * q, length);
+  };
+  unsigned fresh = starts_fresh(0), crossed = 0;
   ptx::cp_async_wait<kSlots - 3>();
   ptx::block_sync();  // the inputs of the first step are complete before it reads them
 
@@ -139,16 +143,12 @@ backward_kernel(LSTM_PARAMETER BackwardParams params) {
       Compute sums[1][4];
       product.multiply(Tile{tiles + (step - 1) % 2 * Tile::kValues}, sums);
       LSTM_UNROLL
-      for (int i = 0; i < 4; ++i) dh[i] = crossed[i % 2] ? sums[0][i] : dh[i];
+      for (int i = 0; i < 4; ++i) dh[i] = crossed >> i % 2 & 1 ? sums[0][i] : dh[i];
     }
     if (step == steps) break;
     const int t = time_of(step);
     fetch(step + kSlots - 1, tile_at + (kSlots - 1) * time_step);
-    bool fresh_next[2] = {};
-    if (p.reset) {
-      fresh_next[0] = starts_fresh(step + 1, 0);
-      fresh_next[1] = starts_fresh(step + 1, 1);
-    }
+    const unsigned fresh_next = starts_fresh(step + 1);
     const Tile tile{tiles + step % 2 * Tile::kValues};
 
     LSTM_UNROLL
@@ -156,17 +156,18 @@ backward_kernel(LSTM_PARAMETER BackwardParams params) {
       const int j = i % 2, column = 2 * q + j, unit = first_unit + 8 * (i / 2);
       const bool active = exists(i) && t < length[j];
       const auto gate = [&](int k) { return to_compute(gates.at(step, column, k * H + unit)); };
-      Cell<Compute> cell{gate(0), gate(1), gate(2), gate(3), c.at(step, column, unit), Compute(0)}, dcell;
+      Cell<Compute> cell{gate(0), gate(1), gate(2), gate(3), c.at(step, column, unit), Compute(0)},
+          dcell;
       // The step before in the order of the recurrence is the one that is processed next.
       Compute before = c.at(step + 1, column, unit);
-      if (active && t == (schedule.reversed ? length[j] - 1 : 0))
+      if (active && t == part.first(length[j]))
         before = p.c0 ? to_compute(static_cast<const Element*>(p.c0)[state_at(i)]) : Compute(0);
       const Compute dm = p.dy ? dh[i] + to_compute(dy.at(step, column, unit)) : dh[i];
       Compute dc_step = p.dc ? dc[i] + dc_in.at(step, column, unit) : dc[i];
-      cell_backward<DeviceMath<K::arithmetic>>(cell, fresh[j] ? Compute(0) : before, dm, dc_step,
-                                               dcell);
+      cell_backward<DeviceMath<K::arithmetic>>(cell, fresh >> j & 1 ? Compute(0) : before, dm,
+                                               dc_step, dcell);
       // No state crosses into a fresh step, so no gradient leaves it.
-      dc[i] = active ? (fresh[j] ? Compute(0) : dc_step) : dc[i];
+      dc[i] = active ? (fresh >> j & 1 ? Compute(0) : dc_step) : dc[i];
       dh[i] = active ? Compute(0) : dh[i];
       const Compute values[4] = {dcell.i, dcell.f, dcell.g, dcell.o};
       Element* const out = dgates + 4 * (tile_at + column * params.row_step) + unit;
@@ -177,11 +178,8 @@ backward_kernel(LSTM_PARAMETER BackwardParams params) {
         if (exists(i)) out[k * H] = value;
       }
     }
-    LSTM_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      crossed[j] = t < length[j] && !fresh[j];
-      fresh[j] = fresh_next[j];
-    }
+    crossed = (unsigned(t < length[0]) | unsigned(t < length[1]) << 1) & ~fresh;
+    fresh = fresh_next;
     ptx::cp_async_wait<kSlots - 3>();
     ptx::block_sync();  // the four hazards of the protocol above
   }
@@ -194,10 +192,12 @@ backward_kernel(LSTM_PARAMETER BackwardParams params) {
     const int64_t at = state_at(i);
     if (p.dh0) static_cast<Element*>(p.dh0)[at] = to_element<Element>(dh[i]);
     if (p.dc0) static_cast<Element*>(p.dc0)[at] = to_element<Element>(dc[i]);
-    for (int64_t t = steps; t < p.shape.T; ++t)
+    for (int64_t t = steps; t < p.shape.T; ++t) {
+      const int64_t row = part.row(p.shape, t, part.b(2 * q + i % 2));
       LSTM_UNROLL
       for (int k = 0; k < 4; ++k)
-        dgates[(part.row(p.shape, t, part.b(2 * q + i % 2)) * 4 + k) * H + unit] = to_element<Element>(Compute(0));
+        dgates[(row * 4 + k) * H + unit] = to_element<Element>(Compute(0));
+    }
   }
 }
 
@@ -217,7 +217,8 @@ Status rec_cta_backward(const RecurrenceBackward& p, const CudaPlan& plan, Strea
   using rec_cta::start_backward;
   const Status status = rec_cta::check("rec_cta_backward", p.shape, plan);
   if (!status.ok()) return status;
-  rec_cta::BackwardParams params{p, {}, int(p.shape.D * p.shape.H), p.shape.B * p.shape.D * p.shape.H};
+  rec_cta::BackwardParams params{
+      p, {}, int(p.shape.D * p.shape.H), p.shape.B * p.shape.D * p.shape.H};
   for (int64_t d = 0; d < p.shape.D; ++d) params.w_hh[d] = p.w_hh[d];
   switch (plan.arithmetic) {
     case Arithmetic::float64:

@@ -10,20 +10,23 @@
 // Shared memory:
 //   h        [2 steps][padded H] x 8 columns   what the product reads and what this step writes
 //   gates_x  [4 steps][8 columns][4H]          ring, filled three steps ahead by cp.async
+//   Before the first step the ring is where w_hh passes through.
 // Protocol: one block_sync a step. Step s reads h[s % 2] and slot s % 4, writes h[(s + 1) % 2] and
-// begins to fill slot (s + 3) % 4, which step s - 1 read. The barrier at the end of step s therefore
-// ends four hazards: h[(s + 1) % 2] is complete before step s + 1 reads it, and h[s % 2] is read
-// before step s + 1 writes it; slot (s + 1) % 4 is complete (every thread has waited for its own
-// copies), and slot s % 4 is read before step s + 1 fills it.
+// begins to fill slot (s + 3) % 4, which step s - 1 read. The barrier at the end of step s
+// therefore ends four hazards: h[(s + 1) % 2] is complete before step s + 1 reads it, and h[s % 2]
+// is read before step s + 1 writes it; slot (s + 1) % 4 is complete (every thread has waited for
+// its own copies), and slot s % 4 is read before step s + 1 fills it.
 #include "rec_cta.cuh"
 
 namespace lstm_cuda {
 namespace rec_cta {
 
-// Which gate and which unit of the warp a row of its product is; k is the unit whose h it multiplies.
+// Which gate and which unit of the warp a row of its product is; k is the unit whose h it
+// multiplies.
 template <int kPadded_>
 struct ForwardRows {
   static constexpr int kPadded = kPadded_;
+  static constexpr int kThreads = kPadded / 8 * 32;
   static constexpr bool kTransposed = false;
   static LSTM_DEVICE int first_unit() { return int(ptx::thread_index()) / 32 * 8; }
   static LSTM_DEVICE int gate(int atom, int half, int) { return 2 * atom + half; }
@@ -36,9 +39,11 @@ struct ForwardTraits {
   using Element = typename Types<arithmetic>::Element;
   using Compute = typename Types<arithmetic>::Compute;
   static constexpr int kPadded = kPadded_;
-  static constexpr int kThreads = kPadded / 8 * 32;
-  using Tile = OperandTile<Element, kPadded>;
   using Rows = ForwardRows<kPadded>;
+  static constexpr int kThreads = Rows::kThreads;
+  using Tile = OperandTile<Element, kPadded>;
+  // 16 warps hide each other's latencies, and have no registers for more sums.
+  using Product = rec_cta::Product<arithmetic, 2, kPadded, kPadded == 128 ? 1 : 2>;
   using Gates = RowRing<Element, 4 * kPadded, kThreads>;
   static constexpr std::size_t kSharedBytes =
       (2 * Tile::kValues + Gates::kValues) * sizeof(Element);
@@ -75,7 +80,7 @@ forward_kernel(LSTM_PARAMETER ForwardParams params) {
   const typename F::Gates gates_x(shared, gates, 4 * H);
   Element* const h_tiles = shared.take<Element>(2 * Tile::kValues, 16);
 
-  Product<F::arithmetic, 2, F::kPadded> product;
+  typename F::Product product;
   load_weights<typename F::Rows>(product, gates_x.values, params.w_hh[part.d], H);
 
   // Fetch gates_x of the first steps.
@@ -91,38 +96,35 @@ forward_kernel(LSTM_PARAMETER ForwardParams params) {
   for (int step = 0; step < kSlots - 1; ++step) fetch(step, tile_at + step * time_step);
 
   // This thread's two cells, and h for the first step.
-  bool exists[2], fresh[2], fresh_next[2];
-  int length[2] = {};
+  int length[2];
   Element h[2];
   Compute c[2];
-  const auto starts_fresh = [&](int step, int j) {
-    const int t = int(schedule.time(step));
-    return step < steps && t < length[j] && schedule.fresh(t, part.b(2 * q + j));
-  };
+  const auto exists = [&](int j) { return 2 * q + j < part.rows && unit < H; };
   LSTM_UNROLL
   for (int j = 0; j < 2; ++j) {
     const int64_t at = (part.d * p.shape.B + part.b(2 * q + j)) * H + unit;
-    exists[j] = 2 * q + j < part.rows && unit < H;
     length[j] = unit < H ? part.length(2 * q + j) : 0;
-    h[j] = exists[j] && p.h0 ? static_cast<const Element*>(p.h0)[at]
-                             : to_element<Element>(Compute(0));
-    c[j] = exists[j] && p.c0 ? to_compute(static_cast<const Element*>(p.c0)[at]) : Compute(0);
-    fresh[j] = starts_fresh(0, j);
-    fresh_next[j] = starts_fresh(1, j);
-    Tile{h_tiles}.at(unit, 2 * q + j) =
-        fresh[j] ? to_element<Element>(Compute(0)) : operand<F::arithmetic>(h[j]);
+    h[j] =
+        exists(j) && p.h0 ? static_cast<const Element*>(p.h0)[at] : to_element<Element>(Compute(0));
+    c[j] = exists(j) && p.c0 ? to_compute(static_cast<const Element*>(p.c0)[at]) : Compute(0);
   }
+  // Bits 0 and 1: no state of columns 2q and 2q + 1 crosses into this step. Bits 2 and 3: into the
+  // next one. (As flags each would take a register.)
+  const auto starts_fresh = [&](int step) {
+    return part.fresh(step, schedule.time(step), 2 * q, length);
+  };
+  unsigned fresh = starts_fresh(0) | starts_fresh(1) << 2;
+  LSTM_UNROLL
+  for (int j = 0; j < 2; ++j)
+    Tile{h_tiles}.at(unit, 2 * q + j) =
+        fresh >> j & 1 ? to_element<Element>(Compute(0)) : operand<F::arithmetic>(h[j]);
   ptx::cp_async_wait<kSlots - 2>();
   ptx::block_sync();  // h and gates_x of the first step are complete before it reads them
 
   for (int step = 0; step < steps; ++step, tile_at += time_step) {
     const int t = int(schedule.time(step));
     fetch(step + kSlots - 1, tile_at + (kSlots - 1) * time_step);
-    bool fresh_after[2] = {};
-    if (p.reset) {
-      fresh_after[0] = starts_fresh(step + 2, 0);
-      fresh_after[1] = starts_fresh(step + 2, 1);
-    }
+    const unsigned fresh_later = starts_fresh(step + 2) << 2;
     Compute sums[2][4];
     product.multiply(Tile{h_tiles + step % 2 * Tile::kValues}, sums);
 
@@ -139,19 +141,18 @@ forward_kernel(LSTM_PARAMETER ForwardParams params) {
       cell.f = sums[0][2 + j] + gate_x(1);
       cell.g = sums[1][j] + gate_x(2);
       cell.o = sums[1][2 + j] + gate_x(3);
-      cell_forward<DeviceMath<F::arithmetic>>(cell, fresh[j] ? Compute(0) : c[j]);
+      cell_forward<DeviceMath<F::arithmetic>>(cell, fresh >> j & 1 ? Compute(0) : c[j]);
       active[j] = t < length[j];
       h[j] = active[j] ? to_element<Element>(cell.m) : h[j];
       c[j] = active[j] ? cell.c : c[j];
       Tile{h_tiles + (step + 1) % 2 * Tile::kValues}.at(unit, 2 * q + j) =
-          fresh_next[j] ? to_element<Element>(Compute(0)) : operand<F::arithmetic>(h[j]);
-      fresh[j] = fresh_next[j];
-      fresh_next[j] = fresh_after[j];
+          fresh >> (2 + j) & 1 ? to_element<Element>(Compute(0)) : operand<F::arithmetic>(h[j]);
     }
+    fresh = fresh >> 2 | fresh_later;
 
     LSTM_UNROLL
     for (int j = 0; j < 2; ++j) {
-      if (!exists[j]) continue;
+      if (!exists(j)) continue;
       const int64_t row_at = tile_at + (2 * q + j) * params.row_step;
       y[row_at + unit] = active[j] ? h[j] : to_element<Element>(Compute(0));
       if (c_out) c_out[row_at + unit] = active[j] ? c[j] : Compute(0);
@@ -170,7 +171,7 @@ forward_kernel(LSTM_PARAMETER ForwardParams params) {
   // State after each row's last step, and zeros where no row of the tile has steps.
   LSTM_UNROLL
   for (int j = 0; j < 2; ++j) {
-    if (!exists[j]) continue;
+    if (!exists(j)) continue;
     const int64_t at = (part.d * p.shape.B + part.b(2 * q + j)) * H + unit;
     static_cast<Element*>(p.h_n)[at] = h[j];
     static_cast<Element*>(p.c_n)[at] = to_element<Element>(c[j]);
@@ -198,7 +199,8 @@ Status rec_cta_forward(const RecurrenceForward& p, const CudaPlan& plan, Stream 
   using rec_cta::start_forward;
   const Status status = rec_cta::check("rec_cta_forward", p.shape, plan);
   if (!status.ok()) return status;
-  rec_cta::ForwardParams params{p, {}, int(p.shape.D * p.shape.H), p.shape.B * p.shape.D * p.shape.H};
+  rec_cta::ForwardParams params{
+      p, {}, int(p.shape.D * p.shape.H), p.shape.B * p.shape.D * p.shape.H};
   for (int64_t d = 0; d < p.shape.D; ++d) params.w_hh[d] = p.w_hh[d];
   switch (plan.arithmetic) {
     case Arithmetic::float64:
