@@ -5,7 +5,7 @@ ARGS =
 
 in_environment = "$(or $(PYTHON),python3)" .ci/environment.py $(if $(PYTHON),--own)
 clang_format = -c 'import clang_format; clang_format.clang_format()'
-cpp_files = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+cpp_files = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.hpp')
 
 .PHONY: bench test packages lint kernels cuda-build gpu-check format clean
 

@@ -59,6 +59,6 @@ def test_a_cuda_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None
     with force_kernel("rec_step"):
         assert "rec_step, float32" in explain(lstm, x, h100)
     text = explain(FusedLSTM(3, 64, proj_size=8), x, h100)
-    assert "overlapping launches for each step, small tiles: projected" in text
+    assert "overlapping launches for each step, small tiles: rec_cta has no projection" in text
     old = CudaDevice(architecture=75, multiprocessors=40, shared_bytes=65536)
     assert "error: rec_step cannot run it: the device is older" in explain(lstm, x, old)

@@ -80,7 +80,7 @@ def test_arithmetic_follows_dtype_and_setting() -> None:
 
 def test_projected_layers_take_steps() -> None:
     got = plan(32, P=16)
-    assert got["kernel"] == "rec_step" and "projected" in got["because"]
+    assert got["kernel"] == "rec_step" and got["because"] == "rec_cta has no projection"
 
 
 @BY_DEVICE
@@ -119,7 +119,7 @@ def test_forcing() -> None:
         with force_kernel("rec_cta"):
             got = plan(1000)
             assert got["kernel"] == "rec_cta" and not got["possible"]
-            assert "cannot run" in got["because"]
+            assert "do not fit" in got["because"]
         with force_kernel(""):
             assert plan(64)["kernel"] == "rec_cta"
         assert plan(64)["kernel"] == "rec_step"

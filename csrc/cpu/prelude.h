@@ -15,8 +15,8 @@
 
 #include "../plan.h"
 #include "../recurrence.h"
+#include "../schedule.h"
 #include "arena.h"
 #include "dispatch.h"
 #include "parallel.h"
-#include "../schedule.h"
 #include "team.h"

@@ -52,6 +52,24 @@ StepTile step_tile(const LayerShape& s, const CudaDevice& device, Arithmetic ari
   return StepTile::small;
 }
 
+// Why the family cannot run it; null if it can.
+const char* why_not(Family family, const LayerShape& s, Arithmetic arithmetic,
+                    const CudaDevice& device) {
+  if (device.architecture < 80) return "the device is older than compute capability 8.0";
+  if (family == Family::rec_step) {
+    if (device.shared_bytes < step_shared_bytes(StepTile::small))
+      return "the device has too little shared memory";
+    return nullptr;
+  }
+  if (s.projected) return "rec_cta has no projection";
+  if (s.H > widest_cta(arithmetic)) return "the weights do not fit the registers of one block";
+  if (device.shared_bytes < kCtaSharedBytes)
+    return "rec_cta needs more shared memory than the device has";
+  if (s.T > kMostOfCta || ceil_div(s.B, 8) * s.D > kMostOfCta)
+    return "more steps or rows than rec_cta counts";
+  return nullptr;
+}
+
 }  // namespace
 
 const char* name_of(Family family) { return family == Family::rec_cta ? "rec_cta" : "rec_step"; }
@@ -75,41 +93,23 @@ const char* name_of(StepTile tile) {
   return tile == StepTile::small ? "small" : tile == StepTile::medium ? "medium" : "large";
 }
 
-bool can_run(Family family, const LayerShape& shape, Arithmetic arithmetic,
-             const CudaDevice& device) {
-  if (device.architecture < 80) return false;
-  if (family == Family::rec_step) return device.shared_bytes >= step_shared_bytes(StepTile::small);
-  return !shape.projected && shape.H <= widest_cta(arithmetic) &&
-         device.shared_bytes >= kCtaSharedBytes;
-}
-
 CudaPlan plan_cuda(const LayerShape& shape, const CudaRequest& request, const CudaDevice& device) {
   CudaPlan plan{};
   plan.arithmetic = arithmetic_of(shape.dtype, request.allow_tf32);
-  const auto possible = [&](Family family) {
-    return !(request.refused >> int(family) & 1) && can_run(family, shape, plan.arithmetic, device);
+  const auto obstacle = [&](Family family) {
+    if (request.refused >> int(family) & 1) return "rec_cta could not be launched on this device";
+    return why_not(family, shape, plan.arithmetic, device);
   };
-  const auto choose = [&](Family family, const char* reason) {
-    plan.family = family;
-    plan.reason = reason;
-    plan.possible = possible(family);
-  };
-  if (request.forced >= 0) {
-    choose(Family(request.forced), "forced");
-    if (!plan.possible) plan.reason = "forced, but it cannot run this";
-  } else if (!possible(Family::rec_cta)) {
-    choose(Family::rec_step, shape.projected ? "projected: the only family that has it"
-                             : shape.H > widest_cta(plan.arithmetic)
-                                 ? "the weights do not fit the registers of one block"
-                             : device.shared_bytes < kCtaSharedBytes
-                                 ? "rec_cta needs more shared memory than the device has"
-                                 : "rec_cta could not be launched on this device");
-    if (!plan.possible)
-      plan.reason = device.architecture < 80 ? "the device is older than compute capability 8.0"
-                                             : "no kernel family can be launched on this device";
-  } else {
-    choose(Family::rec_cta, "the weights fit the registers of one block");
-  }
+  const char* const not_cta = obstacle(Family::rec_cta);
+  plan.family = request.forced >= 0 ? Family(request.forced)
+                : not_cta           ? Family::rec_step
+                                    : Family::rec_cta;
+  plan.reason = obstacle(plan.family);
+  plan.possible = !plan.reason;
+  if (plan.possible)
+    plan.reason = request.forced >= 0 ? "forced"
+                  : not_cta           ? not_cta
+                                      : "the weights fit the registers of one block";
   plan.tile = step_tile(shape, device, plan.arithmetic, request.backward);
   plan.overlap = device.architecture >= 90;
   plan.padded_hidden = padded_hidden(shape.H);

@@ -53,9 +53,8 @@ constexpr int64_t step_shared_bytes(StepTile tile) {
 // above has.
 constexpr int64_t kCtaSharedBytes = 99 * 1024;
 
-// Whether the family can run it at all.
-bool can_run(Family family, const LayerShape& shape, Arithmetic arithmetic,
-             const CudaDevice& device);
+// Blocks, and steps, of one launch of rec_cta, which counts both in 32 bits.
+constexpr int64_t kMostOfCta = 0x7FFFFFF0;
 
 CudaPlan plan_cuda(const LayerShape& shape, const CudaRequest& request, const CudaDevice& device);
 

@@ -10,9 +10,6 @@ namespace lstm_cuda::rec_cta {
 
 inline constexpr int kSlots = 4;  // of a ring: inputs are fetched kSlots - 1 steps ahead
 
-inline constexpr int64_t kDirections = 64;    // LayerShape has that many bits for directions
-inline constexpr int64_t kMost = 0x7FFFFFF0;  // blocks, and steps, which are counted in 32 bits
-
 // A block's recurrence and batch rows. Its schedule ends with the longest of these rows.
 struct Part {
   int d, rows;  // rows: of the tile's columns, those that are in the batch
@@ -107,11 +104,10 @@ struct RowRing {
 };
 
 inline Status unsupported(const char* kernel, const CudaPlan& plan) {
-  static constexpr const char* kNames[] = {"float64", "float32", "tf32", "float16", "bfloat16"};
   Status status;
   std::snprintf(status.message, sizeof status.message,
                 "%s has no kernel for %s with a padded hidden size of %d", kernel,
-                kNames[int(plan.arithmetic)], plan.padded_hidden);
+                name_of(plan.arithmetic), plan.padded_hidden);
   return status;
 }
 
@@ -125,7 +121,7 @@ inline Status check(const char* kernel, const LayerShape& shape, const CudaPlan&
     std::snprintf(status.message, sizeof status.message,
                   "%s: a hidden size of %lld does not fit the planned %d", kernel,
                   (long long)shape.H, plan.padded_hidden);
-  else if (shape.D > kDirections || blocks > kMost || shape.T > kMost)
+  else if (shape.D > kMaxRecurrences || blocks > kMostOfCta || shape.T > kMostOfCta)
     std::snprintf(status.message, sizeof status.message,
                   "%s: %lld recurrences of %lld batch rows and %lld steps are more than one launch "
                   "takes",

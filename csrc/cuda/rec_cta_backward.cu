@@ -58,10 +58,10 @@ struct BackwardTraits {
 };
 
 struct BackwardParams {
-  RecurrenceBackward problem;     // its lists of weights are in host memory
-  const void* w_hh[kDirections];  // [4H, H] each
-  int row_step;                   // elements of [T, B, D, H] from row to row
-  int64_t time_step;              // and from time to time
+  RecurrenceBackward problem;         // its lists of weights are in host memory
+  const void* w_hh[kMaxRecurrences];  // [4H, H] each
+  int row_step;                       // elements of [T, B, D, H] from row to row
+  int64_t time_step;                  // and from time to time
 };
 
 template <class K>

@@ -53,10 +53,10 @@ struct ForwardTraits {
 };
 
 struct ForwardParams {
-  RecurrenceForward problem;      // its lists of weights are in host memory
-  const void* w_hh[kDirections];  // [4H, H] each
-  int row_step;                   // elements of [T, B, D, H] from row to row
-  int64_t time_step;              // and from time to time
+  RecurrenceForward problem;          // its lists of weights are in host memory
+  const void* w_hh[kMaxRecurrences];  // [4H, H] each
+  int row_step;                       // elements of [T, B, D, H] from row to row
+  int64_t time_step;                  // and from time to time
 };
 
 template <class F>
