@@ -190,9 +190,10 @@ def layer_forward(
         (activated i, f, g, o; [0] unless ``save``) in ``saved_gates_dtype``; c [T, B, D, H] ([0]
         unless ``save`` or ``cells``) in ``compute_dtype``.
     """
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _forward(
-        x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, save, cells, allow_tf32
-    )
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _outside_autocast(
+        _forward, x.device.type,
+        x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, save, cells, allow_tf32,
+    )  # fmt: skip
     return result
 
 
@@ -232,11 +233,20 @@ def layer_backward(
         dw_ih [D, 4H, I], dw_hh [D, 4H, P], db [D, 4H] (of either bias), dw_hr [D, P, H] ([0]
         without projection); the last four are [0] unless ``need_dw``. All in x's dtype.
     """
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _backward(
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _outside_autocast(
+        _backward, x.device.type,
         dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed, y, gates, c,
         need_dx, need_dw, allow_tf32,
     )  # fmt: skip
     return result
+
+
+def _outside_autocast(op: Any, device_type: str, *arguments: Any) -> Any:
+    """Call an op whose own products autocast must leave alone: dtypes are settled before it."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return op(*arguments)  # meta has no autocast
+    with torch.autocast(device_type, enabled=False):
+        return op(*arguments)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

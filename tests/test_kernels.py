@@ -295,6 +295,21 @@ def test_what_was_saved_survives_a_backward(family: str, machine: Machine) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_autocast_does_not_reach_the_products_of_backward(family: str, machine: Machine) -> None:
+    """A layer that ran in float32 has float32 gradients, wherever backward is called."""
+    p = Problem(4, 3, 2, 5, bidirectional=True)
+    d = make(p, machine.device).to(torch.float32)
+    with machine.forced(family):
+        outputs = call(p, d)
+        leaves = list(d.leaves().values())
+        expected = torch.autograd.grad(outputs["y"].sum(), leaves, retain_graph=True)
+        with torch.autocast(machine.device, torch.bfloat16):
+            loss = outputs["y"].sum()
+            found = torch.autograd.grad(loss, leaves)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("T, B", [(0, 3), (4, 0), (0, 0)])
 def test_empty(T: int, B: int, family: str, machine: Machine) -> None:
     p = Problem(T, B, 3, 4)
