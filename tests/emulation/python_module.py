@@ -7,7 +7,6 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
 import torch
 from torch.utils import cpp_extension
 
@@ -26,8 +25,7 @@ def sources(root: Path = build.ROOT) -> list[Path]:
 
 def compile_module(root: Path = build.ROOT, folder: Path = build.FOLDER) -> Path:
     """The extension's file, up to date with the sources under root."""
-    includes = [*cpp_extension.include_paths(), pybind11.get_include()]
-    includes.append(sysconfig.get_paths()["include"])
+    includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     target = f"{NAME}.{torch.__version__}{sysconfig.get_config_var('EXT_SUFFIX')}"
     return build.compile(
         sources(root),
