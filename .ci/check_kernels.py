@@ -28,7 +28,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("90a", "80", "86", "89", "100a", "120")
-FLAGS = ("-std=c++20", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v")
+# What torch's builds define: 16-bit types convert only by name.
+TORCH_DEFINES = (
+    "-D__CUDA_NO_HALF_OPERATORS__",
+    "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "-D__CUDA_NO_HALF2_OPERATORS__",
+)
+FLAGS = ("-std=c++20", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", *TORCH_DEFINES)
 HOST_FLAGS = ("-Xcompiler", "-Wall,-Wextra,-Werror")
 
 

@@ -1,5 +1,7 @@
 // The Python module _C: what was built, and which way a layer would be run. Importing it also
 // registers the ops.
+// The pybind11 that torch brings refuses to be included where this is defined. No torch here.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

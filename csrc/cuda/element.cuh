@@ -43,7 +43,7 @@ LSTM_DEVICE Element to_element(double v) {
 }
 template <class Element>
 LSTM_DEVICE Element to_element(float v) {
-  if constexpr (sizeof(Element) == sizeof(float))
+  if constexpr (std::is_floating_point_v<Element>)
     return v;
   else if constexpr (std::is_same_v<Element, __half>)
     return __float2half_rn(v);

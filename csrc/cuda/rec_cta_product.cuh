@@ -73,7 +73,7 @@ struct WeightPanel {
       LSTM_UNROLL
       for (int n = 0; n < kAtOnce; ++n) {
         const int gate = (row + n * kStride) / kPadded, of_gate = (row + n * kStride) % kPadded;
-        loaded[n] = Element(0.f);
+        loaded[n] = to_element<Element>(0.f);
         if (of_gate < H && column < H)
           loaded[n] = w_hh[((first_gate + gate) * H + of_gate) * H + column];
       }

@@ -1,6 +1,8 @@
 // The Python side of the emulation: a test-only module that registers the CUDA path's ops for CPU
 // tensors as lstm_cuda_emulated::layer_forward and ::layer_backward (csrc/ops_cuda.cpp), and sets how
 // kernels are run.
+// The pybind11 that torch brings refuses to be included where this is defined. No torch here.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
