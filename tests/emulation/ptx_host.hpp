@@ -168,9 +168,16 @@ inline void dependency_release() {}
 
 // ---- arithmetic ----
 
-inline float exp2_approx(float x) { return std::exp2(x); }
-inline float reciprocal_approx(float x) { return 1.f / x; }
-inline float tanh_approx(float x) { return std::tanh(x); }
+// Approximations are off by what the PTX manual allows, up or down as the bits of x would have it.
+inline float off_by(double error, double exact, float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const bool up = bits * 2654435761u >> 31;
+  return float(exact * (up ? 1 + error : 1 - error));
+}
+inline float exp2_approx(float x) { return off_by(0x1p-22, std::exp2(double(x)), x); }
+inline float reciprocal_approx(float x) { return off_by(0x1p-23, 1.0 / double(x), x); }
+inline float tanh_approx(float x) { return off_by(0x1p-11, std::tanh(double(x)), x); }
 // A NaN stays one: adding half a unit to its bits could carry it into the sign.
 inline float round_tf32(float x) {
   std::uint32_t bits;
