@@ -106,11 +106,6 @@ Tensor state_or_zeros(const OptionalTensor& state, const Sizes& sizes, ScalarTyp
   return state ? torch::stable::copy_(result, *state) : torch::stable::zero_(result);
 }
 
-Tensor zeros(const Sizes& sizes, ScalarType type, const Tensor& x) {
-  Tensor result = empty(sizes, type, x);
-  return torch::stable::zero_(result);
-}
-
 template <class Problem>
 void fill(Problem& p, const Inputs& in) {
   p.shape = in.shape;
@@ -178,7 +173,7 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const Tensor nothing = empty({0}, in.type, x);
   if (T == 0 || B == 0) {
     const auto zeros_if = [&](bool wanted, const Sizes& sizes) {
-      return wanted ? zeros(sizes, in.type, x) : nothing;
+      return wanted ? state_or_zeros({}, sizes, in.type, x) : nothing;
     };
     return {zeros_if(need_dx, {T, B, I}),
             h0 ? state_or_zeros(grads.dh_n, {D, B, P}, in.type, x) : nothing,

@@ -23,8 +23,8 @@ from helpers import (
     call,
     close,
     error,
-    gradients,
     make,
+    run,
     truth,
 )
 from torch import Tensor
@@ -32,6 +32,7 @@ from torch import Tensor
 from lstm_cuda import layer, ops
 from lstm_cuda.ops import CudaDevice
 
+ALL = "y h_n c_n cells"  # outputs that have gradients
 FAMILIES = ["rec_cta", "rec_step"]
 ARITHMETICS = {
     "f64": torch.float64,
@@ -120,7 +121,7 @@ def cases(problems: list[Problem]) -> Any:
     )
 
 
-def accurate(p: Problem, machine: Machine, arithmetic: str, of: str = "y h_n c_n cells") -> None:
+def accurate(p: Problem, machine: Machine, arithmetic: str, of: str = ALL) -> None:
     if arithmetic == "tf32":
         machine.monkeypatch.setitem(helpers.BOUNDS, torch.float32, TF32_BOUNDS)
     assert_accurate(p, make(p, machine.device), ARITHMETICS[arithmetic], of)
@@ -221,8 +222,7 @@ def test_the_order_of_threads_changes_nothing(
     for order in ORDERS:
         d = make(p, machine.device).to(ARITHMETICS[arithmetic])
         with machine.forced(family, arithmetic, order):
-            outputs = call(p, d)
-            results = outputs | gradients(outputs, d)
+            results = run(call, p, d, ALL)
         assert all(bool(torch.isfinite(t).all()) for t in results.values())
         first = first or results
         assert_equal([*results.values()], [*first.values()])
@@ -239,9 +239,7 @@ def test_a_nan_stays_in_its_row(p: Problem, family: str, arithmetic: str, machin
         if bad.lengths is not None:
             bad.lengths[3] = p.T
     with machine.forced(family, arithmetic):
-        good, spoiled = call(p, d), call(p, bad)
-        good |= gradients(good, d)
-        spoiled |= gradients(spoiled, bad)
+        good, spoiled = run(call, p, d, ALL), run(call, p, bad, ALL)
     for name in ("y", "cells", "dx"):
         assert_equal(spoiled[name][:, rows], good[name][:, rows])
     for name in ("h_n", "c_n", "dh0", "dc0"):
@@ -257,10 +255,8 @@ def test_what_stands_past_a_length_is_not_used(family: str, machine: Machine) ->
     d.lengths[1] = 3
     d = d.to(torch.float64)
     with machine.forced(family):
-        outputs = call(p, d)
-        results = outputs | gradients(outputs, d)
-    expected = truth(p, d)
-    expected |= gradients(expected, d)
+        results = run(call, p, d, ALL)
+    expected = run(truth, p, d, ALL)
     for name, t in expected.items():
         close(results[name], t)
 
@@ -315,10 +311,8 @@ def test_empty(T: int, B: int, family: str, machine: Machine) -> None:
     p = Problem(T, B, 3, 4)
     d = make(p, machine.device).to(torch.float64)
     with machine.forced(family):
-        outputs = call(p, d)
-        results = outputs | gradients(outputs, d)
-    expected = truth(p, d)
-    expected |= gradients(expected, d)
+        results = run(call, p, d, ALL)
+    expected = run(truth, p, d, ALL)
     for name, t in expected.items():
         assert results[name].shape == t.shape and error(results[name], t) == 0, name
 

@@ -6,6 +6,7 @@ a test is missing, or that what it took away was not needed.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,22 +31,18 @@ class Mutant:
     count: int = 1  # how often `old` occurs
 
 
-def step(
-    name: str, file: str, old: str, new: str, variant: str, arithmetic: str, count: int = 1
-) -> Mutant:
-    """One of rec_step's."""
-    arguments = ("rec_step", arithmetic, "forward", "0")
+def of_family(
+    family: str, name: str, file: str, old: str, new: str, variant: str, arithmetic: str,
+    count: int = 1,
+) -> Mutant:  # fmt: skip
+    """A mutant of one kernel family, in csrc/cuda."""
+    arguments = (family, arithmetic, "forward", "0")
     path = f"csrc/cuda/{file}"
-    return Mutant(f"step_{name}", path, old, new, variant, RECURRENCE, arguments, count)
+    return Mutant(f"{family}_{name}", path, old, new, variant, RECURRENCE, arguments, count)
 
 
-def cta(
-    name: str, file: str, old: str, new: str, variant: str, arithmetic: str, count: int = 1
-) -> Mutant:
-    """One of rec_cta's."""
-    arguments = ("rec_cta", arithmetic, "forward", "0")
-    path = f"csrc/cuda/rec_cta{file}"
-    return Mutant(f"cta_{name}", path, old, new, variant, RECURRENCE, arguments, count)
+cta = functools.partial(of_family, "rec_cta")
+step = functools.partial(of_family, "rec_step")
 
 
 MUTANTS = [
@@ -203,7 +200,7 @@ MUTANTS = [
     ),
     cta(
         "no_barrier_in_a_step",
-        "_forward.cu",
+        "rec_cta_forward.cu",
         "    ptx::block_sync();  // the four hazards",
         "    // the four hazards",
         "tsan",
@@ -211,7 +208,7 @@ MUTANTS = [
     ),
     cta(
         "one_h_for_two_steps",
-        "_forward.cu",
+        "rec_cta_forward.cu",
         "% 2 * Tile::kValues",
         "% 1 * Tile::kValues",
         "tsan",
@@ -220,7 +217,7 @@ MUTANTS = [
     ),
     cta(
         "gates_x_read_before_they_landed",
-        "_forward.cu",
+        "rec_cta_forward.cu",
         "cp_async_wait<kSlots - 2>",
         "cp_async_wait<kSlots - 1>",
         "plain",
@@ -229,7 +226,7 @@ MUTANTS = [
     ),
     cta(
         "slot_filled_while_it_is_read",
-        "_forward.cu",
+        "rec_cta_forward.cu",
         "fetch(step + kSlots - 1, tile_at + (kSlots - 1) * time_step)",
         "fetch(step + kSlots, tile_at + kSlots * time_step)",
         "plain",
@@ -237,7 +234,7 @@ MUTANTS = [
     ),
     cta(
         "state_over_a_reset",
-        "_forward.cu",
+        "rec_cta_forward.cu",
         "fresh >> j & 1 ? Compute(0) : c[j]",
         "c[j]",
         "plain",
@@ -245,7 +242,7 @@ MUTANTS = [
     ),
     cta(
         "rows_past_the_batch",
-        "_forward.cu",
+        "rec_cta_forward.cu",
         "return 2 * q + j < part.rows && unit < H;",
         "return unit < H;",
         "asan",
@@ -253,7 +250,7 @@ MUTANTS = [
     ),
     cta(
         "steps_past_the_last",
-        "_forward.cu",
+        "rec_cta_forward.cu",
         "if (step < steps && schedule.time(step)",
         "if (schedule.time(step)",
         "asan",
@@ -261,7 +258,7 @@ MUTANTS = [
     ),
     cta(
         "a_step_past_the_length",
-        "_forward.cu",
+        "rec_cta_forward.cu",
         "active[j] = t < length[j];",
         "active[j] = t <= length[j];",
         "plain",
@@ -269,7 +266,7 @@ MUTANTS = [
     ),
     cta(
         "no_barrier_in_a_step_back",
-        "_backward.cu",
+        "rec_cta_backward.cu",
         "    ptx::block_sync();  // the four hazards",
         "    // the four hazards",
         "tsan",
@@ -277,7 +274,7 @@ MUTANTS = [
     ),
     cta(
         "one_dgates_for_two_steps",
-        "_backward.cu",
+        "rec_cta_backward.cu",
         "% 2 * Tile::kValues",
         "% 1 * Tile::kValues",
         "tsan",
@@ -286,7 +283,7 @@ MUTANTS = [
     ),
     cta(
         "cell_of_the_wrong_step",
-        "_backward.cu",
+        "rec_cta_backward.cu",
         "c.at(step + 1, column, unit)",
         "c.at(step, column, unit)",
         "plain",
@@ -294,7 +291,7 @@ MUTANTS = [
     ),
     cta(
         "dh_over_a_reset",
-        "_backward.cu",
+        "rec_cta_backward.cu",
         " & ~fresh;",
         ";",
         "plain",
@@ -302,7 +299,7 @@ MUTANTS = [
     ),
     cta(
         "dc_over_a_reset",
-        "_backward.cu",
+        "rec_cta_backward.cu",
         "(fresh >> j & 1 ? Compute(0) : dc_step)",
         "dc_step",
         "plain",
@@ -310,7 +307,7 @@ MUTANTS = [
     ),
     cta(
         "initial_cell_ignored",
-        "_backward.cu",
+        "rec_cta_backward.cu",
         "if (active && t == part.first(length[j]))",
         "if (false)",
         "plain",
@@ -318,7 +315,7 @@ MUTANTS = [
     ),
     cta(
         "fragments_swapped",
-        "_product.cuh",
+        "rec_cta_product.cuh",
         "{b[2 * half], b[2 * half + 1]}",
         "{b[2 * half + 1], b[2 * half]}",
         "plain",
@@ -326,7 +323,7 @@ MUTANTS = [
     ),
     cta(
         "weights_past_the_last_unit",
-        "_product.cuh",
+        "rec_cta_product.cuh",
         "if (of_gate < H && column < H)",
         "if (column < H)",
         "asan",
@@ -334,7 +331,7 @@ MUTANTS = [
     ),
     cta(
         "weights_read_before_they_are_there",
-        "_product.cuh",
+        "rec_cta_product.cuh",
         "    ptx::block_sync();  // the panel is complete",
         "    // the panel is complete",
         "tsan",
@@ -342,7 +339,7 @@ MUTANTS = [
     ),
     cta(
         "weights_overwritten_before_they_are_read",
-        "_product.cuh",
+        "rec_cta_product.cuh",
         "    ptx::block_sync();  // it is read before",
         "    // it is read before",
         "tsan",

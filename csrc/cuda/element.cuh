@@ -51,6 +51,32 @@ LSTM_DEVICE Element to_element(float v) {
     return __float2bfloat16_rn(v);
 }
 
+// A value as products read it.
+template <Arithmetic arithmetic, class Element>
+LSTM_DEVICE Element operand(Element v) {
+  if constexpr (arithmetic == Arithmetic::tf32)
+    return ptx::round_tf32(v);
+  else
+    return v;
+}
+
+// Calls start<arithmetic>().
+template <class Start>
+auto by_arithmetic(Arithmetic arithmetic, Start start) {
+  switch (arithmetic) {
+    case Arithmetic::float64:
+      return start.template operator()<Arithmetic::float64>();
+    case Arithmetic::float32:
+      return start.template operator()<Arithmetic::float32>();
+    case Arithmetic::tf32:
+      return start.template operator()<Arithmetic::tf32>();
+    case Arithmetic::float16:
+      return start.template operator()<Arithmetic::float16>();
+    default:
+      return start.template operator()<Arithmetic::bfloat16>();
+  }
+}
+
 // The Math that cell.h asks for.
 //   float64: the library's.
 //   bfloat16: the tanh of the special function unit, whose relative error of 2^-11 is a quarter of the

@@ -58,38 +58,22 @@ prepare(LSTM_PARAMETER Prepare p) {
     const Compute value = tile[k * (kTile + 1) + lane];
     if (job.compute) {
       static_cast<Compute*>(job.to)[at] = value;
-    } else if constexpr (arithmetic == Arithmetic::tf32) {
-      static_cast<Element*>(job.to)[at] = ptx::round_tf32(value);
     } else {
-      static_cast<Element*>(job.to)[at] = to_element<Element>(value);
+      static_cast<Element*>(job.to)[at] = operand<arithmetic>(to_element<Element>(value));
     }
   }
-}
-
-template <Arithmetic a>
-Status start(const Prepare& p, Stream stream) {
-  int64_t count = 0;
-  for (int k = 0; k < p.count; ++k) count += blocks(p.jobs[k]);
-  return launch<prepare<a>>({"prepare", unsigned(count), kThreads,
-                             kTile * (kTile + 1) * sizeof(typename Types<a>::Compute)},
-                            p, stream);
 }
 
 }  // namespace
 
 Status launch_prepare(const Prepare& p, Arithmetic arithmetic, Stream stream) {
-  switch (arithmetic) {
-    case Arithmetic::float64:
-      return start<Arithmetic::float64>(p, stream);
-    case Arithmetic::float32:
-      return start<Arithmetic::float32>(p, stream);
-    case Arithmetic::tf32:
-      return start<Arithmetic::tf32>(p, stream);
-    case Arithmetic::float16:
-      return start<Arithmetic::float16>(p, stream);
-    default:
-      return start<Arithmetic::bfloat16>(p, stream);
-  }
+  int64_t count = 0;
+  for (int k = 0; k < p.count; ++k) count += blocks(p.jobs[k]);
+  return by_arithmetic(arithmetic, [&]<Arithmetic a>() {
+    return launch<prepare<a>>({"prepare", unsigned(count), kThreads,
+                               kTile * (kTile + 1) * sizeof(typename Types<a>::Compute)},
+                              p, stream);
+  });
 }
 
 }  // namespace lstm_cuda

@@ -38,15 +38,6 @@ struct OperandTile {
   }
 };
 
-// How a value enters a product.
-template <Arithmetic arithmetic, class Element>
-LSTM_DEVICE Element operand(Element v) {
-  if constexpr (arithmetic == Arithmetic::tf32)
-    return ptx::round_tf32(v);
-  else
-    return v;
-}
-
 LSTM_DEVICE int lane() { return int(ptx::thread_index() % 32); }
 
 // Weights on their way to registers: some gates of w_hh, or of its transpose, padded with zeros in

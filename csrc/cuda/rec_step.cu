@@ -66,9 +66,10 @@ struct Memory {
 
 std::byte* at(void* scratch, int64_t offset) { return static_cast<std::byte*>(scratch) + offset; }
 
-StepOperands operands(const void* weights, int64_t weight_pitch, int64_t weight_stride_d,
-                      const void* state, const Matrices& m, int64_t rows, int64_t B) {
-  return {weights, weight_pitch, weight_stride_d, state, m.pitch, m.stride(), m.pitch, rows, B};
+// Weights and state that lie as w and m do; weights that are read in place have the same pitch.
+StepOperands operands(const void* weights, const Matrices& w, const void* state, const Matrices& m,
+                      int64_t rows, int64_t B) {
+  return {weights, w.pitch, w.stride(), state, m.pitch, m.stride(), m.pitch, rows, B};
 }
 
 // Jobs of `prepare`, in elements.
@@ -152,8 +153,7 @@ Status rec_step_forward(const RecurrenceForward& p, const CudaPlan& plan, void* 
     std::byte* const now = ring + step % 2 * slot_bytes;
     std::byte* const next = ring + (step + 1) % 2 * slot_bytes;
     StepForward cell{};
-    cell.product =
-        operands(w_hh, memory.weights.pitch, memory.weights.stride(), now, memory.ring, s.H, s.B);
+    cell.product = operands(w_hh, memory.weights, now, memory.ring, s.H, s.B);
     // Nothing comes from a state of zeros.
     if (step == 0 && !p.h0) cell.product.depth = 0;
     cell.shape = s;
@@ -172,8 +172,7 @@ Status rec_step_forward(const RecurrenceForward& p, const CudaPlan& plan, void* 
     if (!s.projected || !status.ok()) continue;
 
     StepProject project{};
-    project.product = operands(w_hr, memory.projection.pitch, memory.projection.stride(), hand,
-                               memory.hand, s.P, s.B);
+    project.product = operands(w_hr, memory.projection, hand, memory.hand, s.P, s.B);
     project.shape = s;
     project.what = Projection::h;
     project.step = step;
@@ -208,8 +207,7 @@ Status rec_step_backward(const RecurrenceBackward& p, const CudaPlan& plan, void
   Status status = launch_prepare(jobs.prepare, plan.arithmetic, stream);
 
   StepProject project{};
-  project.product =
-      operands(w_hh, memory.weights.pitch, memory.weights.stride(), nullptr, memory.ring, s.P, s.B);
+  project.product = operands(w_hh, memory.weights, nullptr, memory.ring, s.P, s.B);
   project.shape = s;
   project.lengths = p.lengths, project.reset = p.reset;
   project.dy = p.dy, project.dh_n = p.dh_n;
@@ -233,10 +231,8 @@ Status rec_step_backward(const RecurrenceBackward& p, const CudaPlan& plan, void
       overlap = plan.overlap;
     }
     StepBackward cell{};
-    cell.product = s.projected ? operands(w_hr, memory.projection.pitch, memory.projection.stride(),
-                                          hand, memory.hand, s.H, s.B)
-                               : operands(w_hh, memory.weights.pitch, memory.weights.stride(), now,
-                                          memory.ring, s.H, s.B);
+    cell.product = s.projected ? operands(w_hr, memory.projection, hand, memory.hand, s.H, s.B)
+                               : operands(w_hh, memory.weights, now, memory.ring, s.H, s.B);
     if (first && !s.projected) cell.product.depth = 0;
     cell.shape = s;
     cell.step = step;

@@ -89,13 +89,6 @@ struct StepTypes : Types<arithmetic> {
   using typename Types<arithmetic>::Element;
   using typename Types<arithmetic>::Compute;
 
-  // A value as products read it.
-  static LSTM_DEVICE Element operand(Element v) {
-    if constexpr (arithmetic == Arithmetic::tf32)
-      return ptx::round_tf32(v);
-    else
-      return v;
-  }
   static LSTM_DEVICE Element element(Compute v) { return to_element<Element>(v); }
   static LSTM_DEVICE Compute value(const void* p, int64_t index) {
     return to_compute(static_cast<const Element*>(p)[index]);
@@ -159,7 +152,7 @@ step_forward(LSTM_PARAMETER StepForward p) {
     cell.o = to_compute(x[3 * H]) + (fresh ? 0 : sums[3]);
     cell_forward<DeviceMath<arithmetic>>(cell, fresh ? Compute(0) : *c_state);
     const Element m = T::element(cell.m);
-    *T::at(p.out, out_at) = T::operand(m);
+    *T::at(p.out, out_at) = operand<arithmetic>(m);
     *c_state = cell.c;
     if (p.c) static_cast<Compute*>(p.c)[cell_at] = cell.c;
     if (p.save) {
@@ -240,7 +233,7 @@ step_backward(LSTM_PARAMETER StepBackward p) {
     LSTM_UNROLL
     for (int gate = 0; gate < 4; ++gate) {
       dgates[gate * H] = rounded[gate];
-      *T::at(p.out, out_at + gate * p.gate_pitch) = T::operand(rounded[gate]);
+      *T::at(p.out, out_at + gate * p.gate_pitch) = operand<arithmetic>(rounded[gate]);
     }
     if (p.dc0 && t == schedule.first(b))
       T::at(p.dc0, 0)[state_at] = T::element(fresh ? Compute(0) : dc);
@@ -268,7 +261,7 @@ step_project(LSTM_PARAMETER StepProject p) {
         T::at(p.h_n, 0)[state_at] = T::element(T::value_or_zero(p.h0, state_at));
       const Element h = T::element(active ? sums[0] : Compute(0));
       T::at(p.y, 0)[y_at] = h;
-      *T::at(p.out, out_at) = active ? T::operand(h) : *T::at(p.kept, out_at);
+      *T::at(p.out, out_at) = active ? operand<arithmetic>(h) : *T::at(p.kept, out_at);
       if (active && t == schedule.last(b)) T::at(p.h_n, 0)[state_at] = h;
     } else if (p.what == Projection::dh) {
       const bool carried = p.step + 1 < p.shape.T && !schedule.fresh(schedule.time(p.step + 1), b);
@@ -277,7 +270,7 @@ step_project(LSTM_PARAMETER StepProject p) {
       if (t == schedule.last(b)) dh += T::value_or_zero(p.dh_n, state_at);
       const Element rounded = T::element(active ? dh : Compute(0));
       T::at(p.dh, 0)[y_at] = rounded;
-      if (active) *T::at(p.out, out_at) = T::operand(rounded);
+      if (active) *T::at(p.out, out_at) = operand<arithmetic>(rounded);
     } else {
       // The state of a row of length 0 has passed through; else the first step's gradient has,
       // unless that step began afresh.
@@ -295,24 +288,12 @@ step_project(LSTM_PARAMETER StepProject p) {
 // `large`.
 template <bool large, class Start>
 Status choose_step(const CudaPlan& plan, Start start) {
-  const auto of = [&]<Arithmetic a>() {
+  return by_arithmetic(plan.arithmetic, [&]<Arithmetic a>() {
     if (plan.tile == StepTile::small) return start.template operator()<a, StepTile::small>();
     if constexpr (large && a != Arithmetic::float64)
       if (plan.tile == StepTile::large) return start.template operator()<a, StepTile::large>();
     return start.template operator()<a, StepTile::medium>();
-  };
-  switch (plan.arithmetic) {
-    case Arithmetic::float64:
-      return of.template operator()<Arithmetic::float64>();
-    case Arithmetic::float32:
-      return of.template operator()<Arithmetic::float32>();
-    case Arithmetic::tf32:
-      return of.template operator()<Arithmetic::tf32>();
-    case Arithmetic::float16:
-      return of.template operator()<Arithmetic::float16>();
-    default:
-      return of.template operator()<Arithmetic::bfloat16>();
-  }
+  });
 }
 
 // Starts the kernel that has the given tile; `Product` says its grid and shared memory.
