@@ -23,8 +23,6 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
-from check_kernels import find_nvcc
-
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "cuda-check"
 TOOLS = ("setuptools>=77.0.3", "pybind11>=2.13", "ninja", "pytest>=8", "hypothesis", "numpy")
@@ -144,8 +142,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = {
         **os.environ,
         "LSTM_CUDA_BUILD": "cuda",
-        # The toolkit itself: torch would take the folder of a link to nvcc for it.
-        "CUDA_HOME": str(Path(find_nvcc()).resolve().parent.parent),
         "TORCH_CUDA_ARCH_LIST": options.arch,
         "MAX_JOBS": str(options.jobs),
         "PYTHONPATH": f"{source}{os.pathsep}{tools}",

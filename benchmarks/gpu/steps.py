@@ -142,8 +142,6 @@ def build(out: Path, capability: tuple[int, int]) -> list[Step]:
         "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}{suffix}",
         "MAX_JOBS": os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0)))),
     }
-    if "CUDA_HOME" not in os.environ and Path("/usr/local/cuda/bin/nvcc").exists():
-        variables["CUDA_HOME"] = "/usr/local/cuda"
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     missing = ""
     version = importlib.metadata.version("setuptools") if _has("setuptools") else "0"
