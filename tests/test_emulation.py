@@ -121,6 +121,8 @@ KNOWN_BAD = {
     "landed_for_one_thread": Found("wrong", "forward", tsan=RACE),
     "exit_with_copies": Found("exits with cp_async16 in flight"),
     "copy_misaligned": Found("cp_async16: an address is not aligned"),
+    "copy8_misaligned": Found("cp_async8: an address is not aligned to 8 bytes"),
+    "copy8_for_4": Found("written behind the piece of 252 bytes"),
     # mbarriers
     "over_arrival": Found("more arrivals in a phase than mbarrier_init announced"),
     "wrong_parity": Found(DEADLOCK + ".*mbarrier_wait, known_bad_kernels.cuh:"),
@@ -134,7 +136,8 @@ KNOWN_BAD = {
     # clusters
     "store_to_a_block_not_started": Found(FAULT, "forward", asan="SEGV", tsan=f"SEGV|{RACE}"),
     "store_to_a_block_that_left": Found(FAULT, "forward", asan="SEGV", tsan=f"SEGV|{RACE}"),
-    "leaves_before_stores": Found("block 1 has left"),
+    "leaves_before_stores": Found("block 1 has left", "forward"),
+    "transfers_for_a_barrier": Found(tsan=RACE),
     "no_such_block": Found("the cluster has no block 2"),
     "wait_without_arrive": Found("cluster_wait without cluster_arrive"),
     "cluster_too_large": Found("larger than the device allows"),

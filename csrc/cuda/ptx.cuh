@@ -3,8 +3,10 @@
 //   ptx_host.hpp    a host compiler with LSTM_EMULATE (tests/emulation): the kernel's same source
 //                   runs on the CPU, where each promise below is checked
 //
-//   LSTM_DEVICE LSTM_KERNEL(threads[, blocks]) LSTM_PARAMETER LSTM_UNROLL
+//   LSTM_DEVICE LSTM_KERNEL(threads[, blocks]) LSTM_PARAMETER LSTM_UNROLL LSTM_NO_UNROLL
 //                                mark functions, kernels (with bounds), their parameter, loops
+//   kHasClusters                 whether the architecture has clusters: a kernel of several has no body
+//                                without
 //   thread_index block_index block_threads grid_blocks cluster_rank    blocks, grids: one dimension
 //   load<T>(p) store<T>(p, v)    one access of sizeof(T) bytes (1..16), aligned to its size
 //   Shared::take<T>(n, align)    a piece of the block's dynamic shared memory
@@ -15,10 +17,12 @@
 //   cluster_arrive cluster_wait  the blocks of a cluster meet; cluster_sync: both
 //   grid_sync                    all blocks of a cooperative launch meet
 //   shuffle shuffle_xor ballot   among the lanes of a mask. No order of memory comes with them
-//   ldmatrix_x4 ldmatrix_x2_trans    8x8 matrices of 16-bit elements; a lane names one 16-byte row
+//   ldmatrix_x4 ldmatrix_x4_trans ldmatrix_x2_trans    8x8 matrices of 16-bit elements; a lane
+//                                names one 16-byte row
 //   movmatrix                    transposes an 8x8 matrix of 16-bit elements across the warp
 //   mma_bf16 mma_fp16 mma_tf32   d += a b; m16n8k16, for tf32 m16n8k8; sums in float32
 //   cp_async16(dst, src, bytes)  16 bytes from global to shared memory, zeros past `bytes`
+//   cp_async8(dst, src)          8 bytes
 //   cp_async_commit              ends a group of them
 //   cp_async_wait<n>             until all but the last n groups of the calling thread have landed
 //   mbarrier_init(bar, n)        a barrier of n arrivals a phase, in shared memory, made once; its
@@ -32,8 +36,10 @@
 //                                use between its first and its last cluster_sync
 //   store_async(dst, v, bar, rank)     4, 8 or 16 bytes to block `rank`, where bar counts them; dst
 //                                and bar are this block's own addresses
-//   word_store(p, v)             a relaxed store that other blocks poll. Words arrive one by one
-//   word_poll4(p, ready)         16 aligned bytes, again and again until ready(v)
+//   word_store(p, v)             a relaxed store of 1, 2 or 4 words that other blocks poll. They arrive
+//                                one by one
+//   word_poll4(v, p, stride, ready)    v[i] = 16 aligned bytes at p + i * stride words: all at once,
+//                                then again and again those that are not ready(v[i])
 //   flag_add_release flag_wait_acquire    a counter in global memory that orders other accesses
 //   prefetch_l2(p)               a hint
 //   dependency_wait              until the kernel launched before has ended: comes before use of

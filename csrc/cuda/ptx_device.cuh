@@ -1,7 +1,7 @@
 // ptx.cuh on a GPU: one function, one instruction wherever possible.
 //
-// Clusters, mbarriers that count bytes, st.async and bulk copies need sm_90. Nothing guards them
-// here: a function that no kernel of a file calls is not assembled.
+// Clusters, mbarriers that count bytes, st.async and bulk copies need sm_90. A function that no kernel
+// calls is not assembled; kernels that call these ask kHasClusters.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -9,10 +9,17 @@
 #define LSTM_DEVICE __device__ __forceinline__
 #define LSTM_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define LSTM_UNROLL _Pragma("unroll")
+#define LSTM_NO_UNROLL _Pragma("unroll 1")
 // A kernel that takes the address of its parameters would else copy them to local memory.
 #define LSTM_PARAMETER const __grid_constant__
 
 namespace lstm_cuda::ptx {
+
+#if defined(__CUDA_ARCH__)
+inline constexpr bool kHasClusters = __CUDA_ARCH__ >= 900;
+#else
+inline constexpr bool kHasClusters = true;  // what the host is told makes no difference
+#endif
 
 LSTM_DEVICE unsigned thread_index() { return threadIdx.x; }
 LSTM_DEVICE unsigned block_index() { return blockIdx.x; }
@@ -94,6 +101,12 @@ LSTM_DEVICE void ldmatrix_x4(std::uint32_t (&r)[4], const void* row) {
                : "r"(shared_address(row))
                : "memory");
 }
+LSTM_DEVICE void ldmatrix_x4_trans(std::uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
 LSTM_DEVICE void ldmatrix_x2_trans(std::uint32_t (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
@@ -135,6 +148,10 @@ LSTM_DEVICE void cp_async16(void* dst, const void* src, unsigned source_bytes = 
                "r"(source_bytes)
                : "memory");
 }
+LSTM_DEVICE void cp_async8(void* dst, const void* src) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(dst)), "l"(src)
+               : "memory");
+}
 LSTM_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <unsigned groups_left>
 LSTM_DEVICE void cp_async_wait() {
@@ -165,7 +182,7 @@ LSTM_DEVICE void mbarrier_arrive(std::uint64_t* bar, unsigned rank) {
       : "memory");
 }
 LSTM_DEVICE void mbarrier_expect(std::uint64_t* bar, unsigned bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cta.b64 _, [%0], %1;" ::"r"(
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
                    shared_address(bar)),
                "r"(bytes)
                : "memory");
@@ -230,6 +247,15 @@ LSTM_DEVICE T* peer_shared(T* p, unsigned rank) {
 LSTM_DEVICE void word_store(std::uint32_t* p, std::uint32_t v) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+LSTM_DEVICE void word_store(std::uint32_t* p, uint2 v) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(v.x), "r"(v.y)
+               : "memory");
+}
+LSTM_DEVICE void word_store(std::uint32_t* p, uint4 v) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
 LSTM_DEVICE uint4 word_load4(const std::uint32_t* p) {
   uint4 v;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -238,13 +264,24 @@ LSTM_DEVICE uint4 word_load4(const std::uint32_t* p) {
                : "memory");
   return v;
 }
-template <class Ready>
-LSTM_DEVICE uint4 word_poll4(const std::uint32_t* p, Ready ready) {
-  uint4 v = word_load4(p);
-  if (ready(v)) return v;
+// One round trip loads all that is there: no load waits for another's answer.
+template <unsigned n, class Ready>
+LSTM_DEVICE void word_poll4(uint4 (&v)[n], const std::uint32_t* p, unsigned stride, Ready ready) {
+  LSTM_UNROLL
+  for (unsigned i = 0; i < n; ++i) v[i] = word_load4(p + std::size_t{i} * stride);
+  const auto load_again = [&] {
+    bool any = false;
+    LSTM_UNROLL
+    for (unsigned i = 0; i < n; ++i)
+      if (!ready(v[i])) {
+        v[i] = word_load4(p + std::size_t{i} * stride);
+        any = true;
+      }
+    return any;
+  };
+  if (!load_again()) return;
   const long long start = clock64();
-  for (; !ready(v); v = word_load4(p)) trap_if_hopeless(start);
-  return v;
+  while (load_again()) trap_if_hopeless(start);
 }
 
 LSTM_DEVICE std::uint32_t flag_add_release(std::uint32_t* flag, std::uint32_t value) {

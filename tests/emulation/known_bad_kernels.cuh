@@ -181,6 +181,24 @@ LSTM_KERNEL(32) copy_misaligned(Params p) {
   ptx::cp_async_wait<0>();
   p.out[me()] = p.in[me()];
 }
+LSTM_KERNEL(32) copy8_misaligned(Params p) {
+  ptx::Shared shared;
+  auto* words = shared.take<std::uint32_t>(128, 16);
+  ptx::cp_async8(words + 4 * me() + 1, p.in + 4 * me());
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  p.out[me()] = p.in[me()];
+}
+// The last copy goes four bytes past the piece.
+LSTM_KERNEL(32) copy8_for_4(Params p) {
+  ptx::Shared shared;
+  auto* words = shared.take<std::uint32_t>(63, 8);
+  shared.take<std::uint32_t>(1);
+  ptx::cp_async8(words + 2 * me(), p.in + 2 * me());
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  p.out[me()] = words[2 * me()] - me();
+}
 
 // ---- mbarriers ----
 
@@ -289,6 +307,25 @@ LSTM_KERNEL(32) leaves_before_stores(Params p) {
   if (ptx::cluster_rank() == 0) ptx::store_async(words + me(), p.in[me()], bar, 1);
   if (ptx::cluster_rank() == 1) p.out[me()] = p.in[me()];
 }
+// Warp 0 writes over what warp 1 reads. Transfers of both are under way at the time, but that orders
+// nobody.
+LSTM_KERNEL(64) transfers_for_a_barrier(Params p) {
+  ptx::Shared shared;
+  auto* words = shared.take<std::uint32_t>(32);
+  auto* slots = shared.take<std::uint32_t>(64);
+  auto* bars = shared.take<std::uint64_t>(2);
+  const unsigned warp = me() / 32, lane = me() % 32;
+  if (lane == 0) ptx::mbarrier_init(bars + warp, 1);
+  if (warp == 0) words[lane] = p.in[lane];
+  ptx::cluster_sync();
+  if (lane == 0) ptx::mbarrier_expect(bars + warp, 128);
+  ptx::store_async(slots + me(), warp == 0 ? 0 : words[lane], bars + warp, ptx::cluster_rank());
+  ptx::mbarrier_wait(bars + warp, 0);
+  if (warp == 0)
+    words[lane] = 0;
+  else if (ptx::cluster_rank() == 0)
+    p.out[lane] = slots[me()];
+}
 LSTM_KERNEL(32) no_such_block(Params p) {
   ptx::Shared shared;
   auto* words = shared.take<std::uint32_t>(32);
@@ -329,8 +366,9 @@ LSTM_KERNEL(32) torn_words(Params p) {
   if (ptx::block_index() == 1) {
     ptx::word_store(p.scratch + me(), p.in[me()] << 1 | 1);
   } else {
-    const uint4 v = ptx::word_poll4(p.scratch + me() / 4 * 4, [](uint4 w) { return w.x & 1; });
-    const std::uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    uint4 v[1];
+    ptx::word_poll4(v, p.scratch + me() / 4 * 4, 0, [](uint4 w) { return w.x & 1; });
+    const std::uint32_t words[4] = {v[0].x, v[0].y, v[0].z, v[0].w};
     p.out[me()] = words[me() % 4] >> 1;
   }
 }

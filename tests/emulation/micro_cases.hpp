@@ -117,13 +117,16 @@ inline std::uint32_t short_bits(float f, bool is_bf16) {
   return bits;
 }
 
-template <bool is_bf16>
+template <bool is_bf16, bool transposed = false>
 Outcome case_multiply16() {
   std::vector<float> a(256), b(128);
   WordList packed_a(128), packed_b(64), expected;
   for (unsigned i = 0; i < 256; ++i) a[i] = std::floor(unit(i) * 128) / 128;
   for (unsigned i = 0; i < 128; ++i) b[i] = std::floor(unit(1000 + i) * 128) / 128;
-  for (unsigned i = 0; i < 256; ++i) packed_a[i / 2] |= short_bits(a[i], is_bf16) << 16 * (i % 2);
+  for (unsigned i = 0; i < 256; ++i) {
+    const unsigned at = transposed ? i % 16 * 16 + i / 16 : i;
+    packed_a[at / 2] |= short_bits(a[i], is_bf16) << 16 * (at % 2);
+  }
   for (unsigned i = 0; i < 128; ++i) packed_b[i / 2] |= short_bits(b[i], is_bf16) << 16 * (i % 2);
   for (unsigned m = 0; m < 16; ++m)
     for (unsigned n = 0; n < 8; ++n) {
@@ -132,7 +135,7 @@ Outcome case_multiply16() {
       expected.push_back(as_word(2 * sum));
     }
   const DeviceBuffer<std::uint32_t> da(packed_a), db(packed_b), out(128);
-  const Status status = launch<multiply16<is_bf16>>(
+  const Status status = launch<multiply16<is_bf16, transposed>>(
       {"multiply16", 1, 32, 768 + 256},
       Product{da.data(), db.data(), reinterpret_cast<float*>(out.data())}, Stream{});
   return compared(status, out.values(), expected, 1e-5f);
@@ -198,14 +201,15 @@ inline Outcome case_round_tf32() {
   return compared(status, got, expected);
 }
 
-inline Outcome case_copy_ahead() {
-  constexpr unsigned kPieces = 6, kLastBytes = 12;
+template <unsigned width>
+Outcome case_copy_ahead() {
+  constexpr unsigned kPieces = 6, kLastBytes = width == 16 ? 12 : 16;
   std::vector<float> in(256 * kPieces);
   for (unsigned i = 0; i < in.size(); ++i) in[i] = unit(i);
   const DeviceBuffer<float> from(in), out(64);
   const Status status =
-      launch<copy_ahead>({"copy_ahead", 1, 64, 3 * 1024},
-                         Stream16{from.data(), out.data(), kPieces, kLastBytes}, Stream{});
+      launch<copy_ahead<width>>({"copy_ahead", 1, 64, 3 * 1024},
+                                Stream16{from.data(), out.data(), kPieces, kLastBytes}, Stream{});
   WordList got, expected;
   for (unsigned thread = 0; thread < 64; ++thread) {
     float sum = 0;
@@ -319,13 +323,14 @@ inline Outcome case_sum_over_grid() {
   return compared(status, got, expected);
 }
 
-inline Outcome case_words_around() {
+template <class T>
+Outcome case_words_around() {
   constexpr unsigned kBlocks = 3, kSteps = 9;
   const DeviceBuffer<std::uint32_t> slots(WordList(2 * kBlocks * 32)), out(kBlocks * 32);
   LaunchShape shape{"words_around", kBlocks, 32};
   shape.cooperative = true;
   const Status status =
-      launch<words_around>(shape, PingPong{slots.data(), out.data(), kSteps}, Stream{});
+      launch<words_around<T>>(shape, PingPong{slots.data(), out.data(), kSteps}, Stream{});
   WordList expected(kBlocks * 32);
   for (unsigned i = 0; i < kBlocks * 32; ++i) expected[i] = 64 * (i / 32) + i % 32;
   for (unsigned step = 0; step < kSteps; ++step) {
@@ -372,13 +377,17 @@ inline const std::vector<Case>& cases() {
       {"votes", 80, case_votes},
       {"multiply_bf16", 80, case_multiply16<true>},
       {"multiply_fp16", 80, case_multiply16<false>},
+      {"multiply_transposed", 80, case_multiply16<false, true>},
       {"multiply_tf32", 80, case_multiply_tf32},
       {"approximations", 80, case_approximations},
       {"round_tf32", 80, case_round_tf32},
-      {"copy_ahead", 80, case_copy_ahead},
+      {"copy_ahead_16", 80, case_copy_ahead<16>},
+      {"copy_ahead_8", 80, case_copy_ahead<8>},
       {"chain", 80, case_chain},
       {"sum_over_grid", 80, case_sum_over_grid},
-      {"words_around", 80, case_words_around},
+      {"words_around_1", 80, case_words_around<std::uint32_t>},
+      {"words_around_2", 80, case_words_around<uint2>},
+      {"words_around_4", 80, case_words_around<uint4>},
       {"overlapping", 80, case_overlapping},
 #if !defined(LSTM_BELOW_SM90)
       {"bulk_sum", 90, case_bulk_sum},

@@ -109,7 +109,8 @@ LSTM_DEVICE void write_product(float* out, const float (&d)[4]) {
   for (unsigned i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
 }
 
-template <bool is_bf16>
+// `transposed`: a is stored as a[k][m], in the same rows of 32 bytes.
+template <bool is_bf16, bool transposed = false>
 LSTM_KERNEL(32)
 multiply16(Product p) {
   ptx::Shared shared;
@@ -120,7 +121,10 @@ multiply16(Product p) {
   for (unsigned i = lane; i < 64; i += 32) b[i] = p.b[i];
   ptx::warp_sync();  // before other lanes' rows are read
   std::uint32_t ra[4], rb[2];
-  ptx::ldmatrix_x4(ra, a + lane % 16 * 12 + lane / 16 * 4);
+  if constexpr (transposed)
+    ptx::ldmatrix_x4_trans(ra, a + (lane / 16 * 8 + lane % 8) * 12 + lane % 16 / 8 * 4);
+  else
+    ptx::ldmatrix_x4(ra, a + lane % 16 * 12 + lane / 16 * 4);
   ptx::ldmatrix_x2_trans(rb, b + lane % 16 * 4);
   float d[4] = {};
   LSTM_UNROLL
@@ -171,17 +175,24 @@ struct Stream16 {
   unsigned pieces, last_bytes;  // of each 16 bytes of the last piece
 };
 
-// Pieces of 256 floats through three stages, two copies ahead; out: sums of each thread's four.
-LSTM_KERNEL(64) copy_ahead(Stream16 p) {
+// Pieces of 256 floats through three stages, two copies ahead, 16 or 8 bytes at a time; out: sums of
+// each thread's four.
+template <unsigned width>
+LSTM_KERNEL(64)
+copy_ahead(Stream16 p) {
   constexpr unsigned kStages = 3, kPiece = 256;
   ptx::Shared shared;
   auto* stages = shared.take<float>(kStages * kPiece, 16);
   const unsigned thread = ptx::thread_index();
   const auto fetch = [&](unsigned i) {
     const unsigned bytes = i + 1 < p.pieces ? 16 : p.last_bytes;
-    if (i < p.pieces)
-      ptx::cp_async16(stages + i % kStages * kPiece + 4 * thread, p.in + i * kPiece + 4 * thread,
-                      bytes);
+    float* to = stages + i % kStages * kPiece + 4 * thread;
+    const float* from = p.in + i * kPiece + 4 * thread;
+    if (i < p.pieces && width == 16) ptx::cp_async16(to, from, bytes);
+    if (i < p.pieces && width == 8) {
+      ptx::cp_async8(to, from);
+      ptx::cp_async8(to + 2, from + 2);
+    }
     ptx::cp_async_commit();  // an empty group too: groups are counted
   };
   ptx::prefetch_l2(p.in + 4 * thread);
@@ -376,23 +387,39 @@ struct PingPong {
 };
 
 // Words that say themselves whether they are new: the lowest bit is the parity of the slot's use,
-// from 1 on. Two slots are enough: four lanes of each block send each other four words a step, and
-// none sends for the step after the next before all of them have sent for the next, that is, have
-// read.
-LSTM_KERNEL(32) words_around(PingPong p) {
-  const unsigned lane = ptx::thread_index(), blocks = ptx::grid_blocks();
+// from 1 on. They are stored T at a time: by every, every second or every fourth lane. Two slots are
+// enough: four lanes of each block send each other four words a step, and none sends for the step
+// after the next before all of them have sent for the next, that is, have read.
+template <class T>
+LSTM_KERNEL(32)
+words_around(PingPong p) {
+  constexpr unsigned blocks = 3;
+  const unsigned lane = ptx::thread_index();
   std::uint32_t v = 64 * ptx::block_index() + lane;
   for (unsigned step = 0; step < p.steps; ++step) {
     std::uint32_t* slot = p.slots + step % 2 * blocks * 32;
     const std::uint32_t tag = 1 - step / 2 % 2;
-    ptx::word_store(slot + ptx::block_index() * 32 + lane, v << 1 | tag);
-    v = step;
-    for (unsigned b = 0; b < blocks; ++b) {
-      const uint4 w = ptx::word_poll4(slot + b * 32 + lane / 4 * 4, [tag](uint4 x) {
-        return (x.x & 1) == tag && (x.y & 1) == tag && (x.z & 1) == tag && (x.w & 1) == tag;
-      });
-      v += (w.x >> 1) + (w.y >> 1) * 3 + (w.z >> 1) * 5 + (w.w >> 1) * 7 + lane;
+    const std::uint32_t own = v << 1 | tag;
+    std::uint32_t* to = slot + ptx::block_index() * 32 + lane;
+    if constexpr (sizeof(T) == 4) {
+      ptx::word_store(to, own);
+    } else {
+      const std::uint32_t second = ptx::shuffle(own, lane | 1);
+      if constexpr (sizeof(T) == 8) {
+        if (lane % 2 == 0) ptx::word_store(to, uint2{own, second});
+      } else {
+        const std::uint32_t third = ptx::shuffle(own, lane | 2);
+        const std::uint32_t fourth = ptx::shuffle(own, lane | 3);
+        if (lane % 4 == 0) ptx::word_store(to, uint4{own, second, third, fourth});
+      }
     }
+    v = step;
+    uint4 words[blocks];
+    ptx::word_poll4(words, slot + lane / 4 * 4, 32, [tag](uint4 x) {
+      return (x.x & 1) == tag && (x.y & 1) == tag && (x.z & 1) == tag && (x.w & 1) == tag;
+    });
+    for (const uint4& w : words)
+      v += (w.x >> 1) + (w.y >> 1) * 3 + (w.z >> 1) * 5 + (w.w >> 1) * 7 + lane;
     v &= 0xFFFFFFu;
   }
   p.out[ptx::block_index() * 32 + lane] = v;

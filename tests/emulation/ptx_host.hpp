@@ -11,9 +11,12 @@
 #define LSTM_DEVICE inline
 #define LSTM_KERNEL(...) void
 #define LSTM_UNROLL
+#define LSTM_NO_UNROLL
 #define LSTM_PARAMETER const
 
 namespace lstm_cuda::ptx {
+
+inline constexpr bool kHasClusters = true;
 
 // The caller's line, as the last argument of every operation that can be used wrongly.
 #define LSTM_SITE emulation::Site at = emulation::Site::current()
@@ -93,6 +96,9 @@ using Fragment4 = const std::uint32_t (&)[4];
 inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, LSTM_SITE) {
   emulation::ldmatrix(r, 4, row, false, at);
 }
+inline void ldmatrix_x4_trans(std::uint32_t (&r)[4], const void* row, LSTM_SITE) {
+  emulation::ldmatrix(r, 4, row, true, at);
+}
 inline void ldmatrix_x2_trans(std::uint32_t (&r)[2], const void* row, LSTM_SITE) {
   emulation::ldmatrix(r, 2, row, true, at);
 }
@@ -110,7 +116,10 @@ inline void mma_tf32(float (&d)[4], Fragment4 a, Fragment2 b, LSTM_SITE) {
 // ---- asynchronous copies ----
 
 inline void cp_async16(void* dst, const void* src, unsigned source_bytes = 16, LSTM_SITE) {
-  emulation::cp_async(dst, src, source_bytes, at);
+  emulation::cp_async("cp_async16", dst, 16, src, source_bytes, at);
+}
+inline void cp_async8(void* dst, const void* src, LSTM_SITE) {
+  emulation::cp_async("cp_async8", dst, 8, src, 8, at);
 }
 inline void cp_async_commit(LSTM_SITE) { emulation::cp_async_commit(at); }
 template <unsigned groups_left>
@@ -149,12 +158,25 @@ void store_async(T* dst, std::type_identity_t<T> v, std::uint64_t* bar, unsigned
 inline void word_store(std::uint32_t* p, std::uint32_t v, LSTM_SITE) {
   emulation::word_store(p, v, at);
 }
-template <class Ready>
-uint4 word_poll4(const std::uint32_t* p, Ready ready, LSTM_SITE) {
-  for (;; emulation::word_wait(p, at)) {
-    uint4 v;
-    emulation::word_load4(&v.x, p, at);
-    if (ready(v)) return v;
+inline void word_store(std::uint32_t* p, uint2 v, LSTM_SITE) {
+  if (reinterpret_cast<std::uintptr_t>(p) % 8) emulation::misaligned(p, 8, at);
+  emulation::word_store(p, v.x, at);
+  emulation::word_store(p + 1, v.y, at);
+}
+inline void word_store(std::uint32_t* p, uint4 v, LSTM_SITE) {
+  if (reinterpret_cast<std::uintptr_t>(p) % 16) emulation::misaligned(p, 16, at);
+  word_store(p, uint2{v.x, v.y}, at);
+  word_store(p + 2, uint2{v.z, v.w}, at);
+}
+template <unsigned n, class Ready>
+void word_poll4(uint4 (&v)[n], const std::uint32_t* p, unsigned stride, Ready ready, LSTM_SITE) {
+  for (unsigned i = 0; i < n; ++i) emulation::word_load4(&v[i].x, p + std::size_t{i} * stride, at);
+  for (unsigned i = 0; i < n; ++i) {
+    const std::uint32_t* from = p + std::size_t{i} * stride;
+    while (!ready(v[i])) {
+      emulation::word_load4(&v[i].x, from, at);  // it may have come while another was waited for
+      if (!ready(v[i])) emulation::word_wait(from, at);
+    }
   }
 }
 inline std::uint32_t flag_add_release(std::uint32_t* flag, std::uint32_t value, LSTM_SITE) {

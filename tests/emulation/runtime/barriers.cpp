@@ -121,8 +121,9 @@ void count_bytes(MBarrier& bar, std::int64_t bytes) {
 
 MBarrier& find_mbarrier(const void* bar, const char* name, const Site& at) {
   for (Block* block : self()->home->cluster->blocks) {
+    if (!block->holds(bar)) continue;
     const auto found = block->mbarriers.find(bar);
-    if (found == block->mbarriers.end()) continue;
+    if (found == block->mbarriers.end()) break;
     if (block->live == 0) fail(at, "%s: block %u has left", name, block->index);
     return found->second;
   }

@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <new>
 
 #include "sanitizers.hpp"
@@ -89,6 +91,12 @@ void enter_context(Context& launcher) {
   launcher.stack_bytes = bytes;
 }
 
+void protect(void* p, std::size_t bytes, int protection) {
+  if (!mprotect(p, bytes, protection)) return;
+  std::perror("emulation: mprotect");
+  std::abort();
+}
+
 char* Region::take(std::size_t bytes, int protection) {
   fresh_ = bytes > bytes_ || under_tsan();
   if (!fresh_) return base_;
@@ -96,6 +104,7 @@ char* Region::take(std::size_t bytes, int protection) {
   base_ = nullptr, bytes_ = 0;
   void* p = mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
+  madvise(p, bytes, MADV_NOHUGEPAGE);  // of a stack only the first pages are used
   base_ = static_cast<char*>(p), bytes_ = bytes;
   return base_;
 }

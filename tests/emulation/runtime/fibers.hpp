@@ -33,6 +33,9 @@ void switch_context(Context& from, Context& to, bool final = false);
 // The first thing that `entry` does. `launcher`: the context whose stack only the sanitizer knows.
 void enter_context(Context& launcher);
 
+// mprotect, or the end: the rest would not find what it should.
+void protect(void* p, std::size_t bytes, int protection);
+
 // Memory that outlives a launch, so that thousands of small ones need not map and unmap theirs.
 // Under ThreadSanitizer it is mapped anew each time, which makes it forget who used it before.
 class Region {

@@ -66,7 +66,7 @@ bool Block::holds(const void* p, std::size_t bytes) const {
 void start_block(Block& block) {
   block.started = true;
   if (launched->launch.cluster > 1)
-    mprotect(block.shared, launched->capacity, PROT_READ | PROT_WRITE);
+    protect(block.shared, launched->capacity, PROT_READ | PROT_WRITE);
   if (__tsan_write_range) __tsan_write_range(block.shared, launched->capacity);
   poison(block.shared, launched->capacity);
   release(&block.start);
@@ -83,10 +83,10 @@ void end_block(Block& block) {
       fail({}, "shared memory was written behind the piece of %zu bytes at offset %zu", piece.bytes,
            piece.start);
   }
-  for (const auto& t : launched->transfers)
-    if (block.holds(t->dst))
-      fail(t->site, "block %u has left before a %s arrived", block.index, t->name);
-  if (launched->launch.cluster > 1) mprotect(block.shared, launched->capacity, PROT_NONE);
+  if (const Transfer* t =
+          launched->transfers.find([&](const Transfer& other) { return block.holds(other.dst); }))
+    fail(t->site, "block %u has left before a %s arrived", block.index, t->name);
+  if (launched->launch.cluster > 1) protect(block.shared, launched->capacity, PROT_NONE);
 }
 
 // The first thread that takes a piece makes it; the others must take the same.
@@ -138,7 +138,7 @@ void* device_alloc(std::size_t bytes) {
       mmap(nullptr, pages + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (base == MAP_FAILED) throw std::bad_alloc();
   char* end = static_cast<char*>(base) + pages;
-  mprotect(end, kPage, PROT_NONE);
+  protect(end, kPage, PROT_NONE);
   std::memset(end - room, kPoison, bytes);
   std::memset(end - room + bytes, kCanary, room - bytes);
   return end - room;

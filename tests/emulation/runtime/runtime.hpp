@@ -36,8 +36,9 @@ struct Settings {
   std::uint64_t seed = 1;
   std::size_t shared_limit = 227 * 1024;  // bytes of shared memory that a block may ask for
   unsigned resident_blocks = 132;         // of a cooperative launch
-  unsigned cluster_limit = 8;             // 16 where kernels may ask for the non-portable sizes
+  unsigned cluster_limit = 16;            // blocks; more than 8 is what launch.h asks for
   std::string refused;                    // launches of kernels whose names begin so fail; "": none
+  unsigned spared = 0;                    // but of these launches, not the first so many
   int device = 0;                         // the index that the caller of kernels sees
 };
 Settings& settings();
@@ -95,7 +96,8 @@ void mma_bf16(float* d, const std::uint32_t* a, const std::uint32_t* b, Site at)
 void mma_fp16(float* d, const std::uint32_t* a, const std::uint32_t* b, Site at);
 void mma_tf32(float* d, const std::uint32_t* a, const std::uint32_t* b, Site at);
 
-void cp_async(void* dst, const void* src, unsigned source_bytes, Site at);
+void cp_async(const char* name, void* dst, unsigned bytes, const void* src, unsigned source_bytes,
+              Site at);
 void cp_async_commit(Site at);
 void cp_async_wait(unsigned groups_left, Site at);
 

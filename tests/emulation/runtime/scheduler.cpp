@@ -60,10 +60,8 @@ Fiber* pick() {
   const Order order = run.settings.order;
   const bool random = order == Order::random;
   while (!run.transfers.empty() &&
-         (run.ready.empty() || (random && run.random.below(run.deliver_in) == 0))) {
-    const std::size_t n = run.transfers.size();
-    deliver(random ? run.random.below(n) : order == Order::reverse ? n - 1 : 0);
-  }
+         (run.ready.empty() || (random && run.random.below(run.deliver_in) == 0)))
+    deliver_next();
   if (run.ready.empty()) return nullptr;
   if (order == Order::reverse || (random && run.random.below(run.newest_in) != 0))
     return run.ready.take_newest();
@@ -82,7 +80,7 @@ void thread_main() {
 
   run.entry(run.context);
 
-  if (!me.copies.empty()) fail(me.site, "a thread exits with cp_async16 in flight");
+  if (!me.copies.empty()) fail(me.site, "a thread exits with %s in flight", me.copies.front().name);
   for (const Barrier* barrier : {&block.barrier, &block.cluster->barrier, run.grid.get()})
     if (barrier->arrived)
       fail(barrier->first, "a thread exits while others wait at %s", barrier->name);
@@ -100,7 +98,7 @@ void thread_main() {
     end_block(block);
   }
   if (--run.live == 0) {
-    while (!run.transfers.empty()) deliver(0);
+    while (!run.transfers.empty()) deliver_next();
     switch_context(me, run.launcher, true);
   }
   Fiber* next = pick();
@@ -152,6 +150,22 @@ Pool& pool() {
   return p;
 }
 
+// A guard page is two mappings, of which a process has 65530. What a launch of more threads runs, its
+// first threads run too.
+constexpr std::size_t kMostGuarded = 16384;
+
+}  // namespace
+
+void* new_thread() {
+  if (!under_tsan()) return nullptr;
+  impersonate(pool().origin);
+  void* thread = __tsan_create_fiber(0);
+  impersonate(current ? self()->tsan : launched->launcher.tsan);
+  return thread;
+}
+
+namespace {
+
 // To ThreadSanitizer a thread starts knowing what happened before the launch, or if launches may
 // overlap, before the first of those. It must not know what other waves did; hence a new identity
 // for each thread. Old ones are kept for a while, because reports name them.
@@ -164,9 +178,7 @@ void* new_identity(std::size_t at_once) {
     __tsan_destroy_fiber(identities.front());
     identities.pop_front();
   }
-  impersonate(pool().origin);
-  void* identity = __tsan_create_fiber(0);
-  impersonate(launched->launcher.tsan);
+  void* identity = new_thread();
   identities.push_back(identity);
   return identity;
 }
@@ -206,8 +218,8 @@ void run_wave(unsigned first, unsigned blocks, char* shared) {
   const std::size_t stack_unit = kPage + kStackBytes, threads = std::size_t{blocks} * l.threads;
   char* stacks = pool().stacks.take(threads * stack_unit, PROT_READ | PROT_WRITE);
   if (pool().stacks.fresh()) pool().guarded = 0;
-  for (; pool().guarded < threads; ++pool().guarded)
-    mprotect(stacks + pool().guarded * stack_unit, kPage, PROT_NONE);
+  for (; pool().guarded < std::min(threads, kMostGuarded); ++pool().guarded)
+    protect(stacks + pool().guarded * stack_unit, kPage, PROT_NONE);
 
   // New for each wave, clocks and all.
   run.blocks.clear();
@@ -272,9 +284,9 @@ void run_waves(Run& run) {
   char* shared = pool().shared.take(slots * slot, PROT_READ | PROT_WRITE);
   const std::array<std::size_t, 3> layout{slots, run.capacity, l.cluster > 1};
   if (layout != pool().layout || pool().shared.fresh()) {
-    mprotect(shared, pool().shared.bytes(), PROT_NONE);
+    protect(shared, pool().shared.bytes(), PROT_NONE);
     for (std::size_t i = 0; i < slots && l.cluster == 1; ++i)  // in clusters: while the block runs
-      mprotect(shared + i * slot, run.capacity, PROT_READ | PROT_WRITE);
+      protect(shared + i * slot, run.capacity, PROT_READ | PROT_WRITE);
   }
   pool().layout = layout;
   const unsigned waves = l.blocks / wave;
@@ -327,7 +339,6 @@ std::string run(const Launch& launch, void (*entry)(const void*), const void* co
     release(&run->before);
     impersonate(pool().origin);
     if (!launch.overlap) acquire(&run->before);
-    for (void*& engine : run->engines) engine = __tsan_create_fiber(0);
     impersonate(run->launcher.tsan);
   }
   {
@@ -335,8 +346,6 @@ std::string run(const Launch& launch, void (*entry)(const void*), const void* co
     run_waves(*run);
   }
   acquire(&run->end);
-  if (under_tsan())
-    for (void* engine : run->engines) __tsan_destroy_fiber(engine);
   if (under_asan() && run->report[0]) {  // what the threads left standing had poisoned
     __asan_unpoison_memory_region(pool().stacks.base(), pool().stacks.bytes());
     __asan_unpoison_memory_region(pool().shared.base(), pool().shared.bytes());

@@ -5,6 +5,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <unordered_map>
 #include <vector>
 
 #include "fibers.hpp"
@@ -64,11 +65,25 @@ struct Warp {
 
 // One cp.async that has not landed.
 struct Copy {
+  const char* name;
   unsigned group;
   void* dst;
+  unsigned bytes;
   const void* src;
   unsigned source_bytes;
   void* caller;
+};
+
+class Random {  // xorshift64*: small, and the same everywhere
+ public:
+  explicit Random(std::uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15ULL | 1) {}
+  std::uint64_t below(std::uint64_t n) {
+    state_ ^= state_ >> 12, state_ ^= state_ << 25, state_ ^= state_ >> 27;
+    return (state_ * 0x2545F4914F6CDD1DULL >> 33) % n;
+  }
+
+ private:
+  std::uint64_t state_;
 };
 
 // Under way between threads: a bulk copy, a remote store or a relaxed word.
@@ -83,6 +98,36 @@ struct Transfer {
   void* caller;
   Site site;
   Clock clock;
+  Transfer* later = nullptr;  // the next one to the same place
+  std::size_t slot = 0;
+};
+
+// Transfers under way. Those to one place stay in order.
+class Transfers {
+ public:
+  bool empty() const { return under_way_ == 0; }
+  void push(std::unique_ptr<Transfer> transfer);
+  // The oldest, the newest or any one.
+  const Transfer& oldest();
+  const Transfer& newest();
+  const Transfer& any(Random& random) const;
+  // The first of which it holds, or null.
+  template <class Predicate>
+  const Transfer* find(Predicate predicate) const {
+    for (const auto& t : slots_)
+      if (t && predicate(*t)) return t.get();
+    return nullptr;
+  }
+  // The first to where this one goes.
+  std::unique_ptr<Transfer> take(const Transfer& transfer);
+
+ private:
+  struct Place {
+    Transfer *first, *last;
+  };
+  std::vector<std::unique_ptr<Transfer>> slots_;  // oldest first; null: taken
+  std::size_t under_way_ = 0, oldest_ = 0;        // none is under way before `oldest_`
+  std::unordered_map<const void*, Place> places_;
 };
 
 struct Piece {               // of shared memory
@@ -124,18 +169,6 @@ struct Block {
   bool holds(const void* p, std::size_t bytes = 1) const;
 };
 
-class Random {  // xorshift64*: small, and the same everywhere
- public:
-  explicit Random(std::uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15ULL | 1) {}
-  std::uint64_t below(std::uint64_t n) {
-    state_ ^= state_ >> 12, state_ ^= state_ << 25, state_ ^= state_ >> 27;
-    return (state_ * 0x2545F4914F6CDD1DULL >> 33) % n;
-  }
-
- private:
-  std::uint64_t state_;
-};
-
 // The threads that could go on: a ring, oldest first.
 class Ready {
  public:
@@ -174,10 +207,8 @@ struct Run {
   std::unique_ptr<Barrier> grid;
   unsigned live = 0;
 
-  std::deque<std::unique_ptr<Transfer>> transfers;
-  std::map<std::uintptr_t, Queue> pollers;  // by the 16 bytes that they watch
-  std::array<void*, 32> engines{};  // to ThreadSanitizer, who carries out transfers, in turn
-  unsigned engine = 0;
+  Transfers transfers;
+  std::unordered_map<std::uintptr_t, Queue> pollers;  // by the 16 bytes that they watch
 
   Clock before, end;  // of the launch: what happened before it; what it did
   char report[4096] = "";
@@ -187,6 +218,7 @@ extern Run* launched;
 inline Fiber* self() { return static_cast<Fiber*>(current); }
 
 // ---- scheduler.cpp ----
+void* new_thread();  // to ThreadSanitizer: one that knows what happened before the launch
 void make_ready(Fiber* fiber);
 void suspend(const char* doing, const Site& at);  // until something makes this thread ready
 void yield(const char* doing, const Site& at);    // others may come first, except in forward order
@@ -220,7 +252,7 @@ void count_bytes(MBarrier& bar, std::int64_t bytes);  // arrived
 MBarrier& find_mbarrier(const void* bar, const char* name, const Site& at);
 
 // ---- transfers.cpp ----
-void deliver(std::size_t i);
+void deliver_next();   // as the order says
 void deliver_words();  // of this thread's block: a release makes them visible
 
 // Where the kernel calls an operation, for ThreadSanitizer's reports.

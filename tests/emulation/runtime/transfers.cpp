@@ -11,7 +11,7 @@ void issue(const Transfer& transfer) {
   const Quiet quiet;
   auto owned = std::make_unique<Transfer>(transfer);
   if (transfer.bar) release(&owned->clock);
-  launched->transfers.push_back(std::move(owned));
+  launched->transfers.push(std::move(owned));
 }
 
 std::uintptr_t line_of(const void* p) { return reinterpret_cast<std::uintptr_t>(p) / 16; }
@@ -22,45 +22,89 @@ void wake_pollers(const void* p) {
 }
 
 // An engine of the device does it, not a thread: it knows what its issuer did before the issue, and
-// who waits for the barrier knows what it did.
+// who waits for the barrier knows what it did. Each transfer has its own: one that carried out several
+// would order their issuers.
 void carry_out(Transfer& t) {
-  void* engine = launched->engines[launched->engine++ % launched->engines.size()];
+  void* engine = new_thread();
   impersonate(engine);
   acquire(&t.clock);
   if (t.src) touch(t.src, t.bytes, Access::read, t.caller, t.name, t.site);
   touch(t.dst, t.bytes, Access::write, t.caller, t.name, t.site);
   release(&t.bar->clock[t.bar->phase & 1]);
   impersonate(current ? self()->tsan : launched->launcher.tsan);
+  if (engine) __tsan_destroy_fiber(engine);
   copy_parameters(t.dst, t.src ? t.src : t.data.data(), t.bytes);
   count_bytes(*t.bar, t.bytes);
 }
 
-}  // namespace
-
-// In any order, but stores to one place keep theirs.
-void deliver(std::size_t i) {
-  auto& transfers = launched->transfers;
-  for (std::size_t j = 0; j < i; ++j)
-    if (transfers[j]->dst == transfers[i]->dst) i = j;
-  Transfer& t = *transfers[i];
-  if (t.bar) {
-    carry_out(t);
+void deliver(const Transfer& one) {
+  std::unique_ptr<Transfer> t;
+  {
+    const Quiet quiet;
+    t = launched->transfers.take(one);
+  }
+  if (t->bar) {
+    carry_out(*t);
   } else {
-    copy_parameters(t.dst, t.data.data(), t.bytes);
-    wake_pollers(t.dst);
+    copy_parameters(t->dst, t->data.data(), t->bytes);
+    wake_pollers(t->dst);
   }
   const Quiet quiet;
-  transfers.erase(transfers.begin() + static_cast<std::ptrdiff_t>(i));
+  t.reset();
+}
+
+}  // namespace
+
+void Transfers::push(std::unique_ptr<Transfer> transfer) {
+  Transfer* t = transfer.get();
+  t->slot = slots_.size();
+  const auto [place, fresh] = places_.try_emplace(t->dst, Place{t, t});
+  if (!fresh) place->second.last = place->second.last->later = t;
+  slots_.push_back(std::move(transfer));
+  ++under_way_;
+}
+
+std::unique_ptr<Transfer> Transfers::take(const Transfer& transfer) {
+  const auto place = places_.find(transfer.dst);
+  std::unique_ptr<Transfer> first = std::move(slots_[place->second.first->slot]);
+  if (first->later)
+    place->second.first = first->later;
+  else
+    places_.erase(place);
+  if (2 * --under_way_ + 64 < slots_.size()) {  // mostly empty
+    std::erase(slots_, nullptr);
+    for (std::size_t i = 0; i < slots_.size(); ++i) slots_[i]->slot = i;
+    oldest_ = 0;
+  }
+  return first;
+}
+
+const Transfer& Transfers::oldest() {
+  while (!slots_[oldest_]) ++oldest_;
+  return *slots_[oldest_];
+}
+
+const Transfer& Transfers::newest() {
+  while (!slots_.back()) slots_.pop_back();
+  return *slots_.back();
+}
+
+const Transfer& Transfers::any(Random& random) const {
+  for (;;)
+    if (const auto& t = slots_[random.below(slots_.size())]) return *t;
+}
+
+void deliver_next() {
+  Transfers& transfers = launched->transfers;
+  const Order order = launched->settings.order;
+  deliver(order == Order::forward   ? transfers.oldest()
+          : order == Order::reverse ? transfers.newest()
+                                    : transfers.any(launched->random));
 }
 
 void deliver_words() {
-  for (std::size_t i = 0; i < launched->transfers.size();) {
-    const Transfer& t = *launched->transfers[i];
-    if (!t.bar && t.block == current->block)
-      deliver(i);
-    else
-      ++i;
-  }
+  const auto own = [](const Transfer& t) { return !t.bar && t.block == current->block; };
+  while (const Transfer* t = launched->transfers.find(own)) deliver(*t);
 }
 
 // ---- cp.async ----
@@ -68,26 +112,27 @@ void deliver_words() {
 namespace {
 
 void land(const Copy& c, const Site& at) {
-  touch(c.dst, 16, Access::write, c.caller, "cp_async16", at);
+  touch(c.dst, c.bytes, Access::write, c.caller, c.name, at);
   const Quiet quiet;
   std::memcpy(c.dst, c.src, c.source_bytes);
-  std::memset(static_cast<char*>(c.dst) + c.source_bytes, 0, 16 - c.source_bytes);
+  std::memset(static_cast<char*>(c.dst) + c.source_bytes, 0, c.bytes - c.source_bytes);
 }
 
 }  // namespace
 
-void cp_async(void* dst, const void* src, unsigned source_bytes, Site at) {
+void cp_async(const char* name, void* dst, unsigned bytes, const void* src, unsigned source_bytes,
+              Site at) {
   const auto both = reinterpret_cast<std::uintptr_t>(dst) | reinterpret_cast<std::uintptr_t>(src);
-  if (both % 16) fail(at, "cp_async16: an address is not aligned to 16 bytes");
-  if (source_bytes > 16) fail(at, "cp_async16: %u source bytes", source_bytes);
-  if (!self()->home->holds(dst, 16)) fail(at, "cp_async16: not to this block's shared memory");
+  if (both % bytes) fail(at, "%s: an address is not aligned to %u bytes", name, bytes);
+  if (source_bytes > bytes) fail(at, "%s: %u source bytes", name, source_bytes);
+  if (!self()->home->holds(dst, bytes)) fail(at, "%s: not to this block's shared memory", name);
   self()->site = at;
-  touch(src, source_bytes, Access::read, LSTM_CALLER, "cp_async16 from", at);
-  touch(dst, 16, Access::write, LSTM_CALLER, "cp_async16 to", at);
-  const Copy copy{self()->open_group, dst, src, source_bytes, LSTM_CALLER};
+  touch(src, source_bytes, Access::read, LSTM_CALLER, name, at);
+  touch(dst, bytes, Access::write, LSTM_CALLER, name, at);
+  const Copy copy{name, self()->open_group, dst, bytes, src, source_bytes, LSTM_CALLER};
   if (launched->settings.order == Order::random && launched->random.below(2))
     return land(copy, at);  // as early as it may
-  poison(dst, 16);          // as late as it may
+  poison(dst, bytes);       // as late as it may
   const Quiet quiet;
   self()->copies.push_back(copy);
 }
