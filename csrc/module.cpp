@@ -11,6 +11,7 @@
 
 #include "cpu/dispatch.h"
 #include "cuda/dispatch.h"
+#include "cuda/wavefront.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -69,6 +70,12 @@ std::vector<std::string> kernel_families() {
   return names;
 }
 
+void remember_refusal(int device, const std::string& name) {
+  for (lstm_cuda::Family family : lstm_cuda::kFamilies)
+    if (name == lstm_cuda::name_of(family)) return lstm_cuda::remember_refusal(device, family);
+  throw std::invalid_argument("there is no kernel family '" + name + "'");
+}
+
 py::dict plan_cuda(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_t P,
                    const std::string& dtype, bool backward, bool allow_tf32, int architecture,
                    int multiprocessors, int64_t shared_bytes, int device) {
@@ -79,13 +86,45 @@ py::dict plan_cuda(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_
                            {architecture, multiprocessors, shared_bytes});
   py::dict result("kernel"_a = lstm_cuda::name_of(plan.family), "possible"_a = plan.possible,
                   "arithmetic"_a = lstm_cuda::name_of(plan.arithmetic), "because"_a = plan.reason);
-  if (plan.family == lstm_cuda::Family::rec_cta) {
-    result["padded_hidden"] = plan.padded_hidden;
-  } else {
-    result["tile"] = lstm_cuda::name_of(plan.tile);
-    result["launches_overlap"] = plan.overlap;
+  if (!plan.possible) return result;
+  result["estimated_us"] = plan.estimated_us;
+  switch (plan.family) {
+    case lstm_cuda::Family::rec_cta:
+      result["padded_hidden"] = plan.padded_hidden;
+      break;
+    case lstm_cuda::Family::rec_step:
+      result["tile"] = lstm_cuda::name_of(plan.tile);
+      result["launches_overlap"] = plan.overlap;
+      break;
+    case lstm_cuda::Family::rec_group:
+      result["groups"] = plan.groups;
+      [[fallthrough]];
+    case lstm_cuda::Family::rec_cluster:
+      result["blocks"] = plan.resident.blocks;
+      result["padded_hidden"] = plan.resident.hidden;
+      result["columns"] = 8 * plan.column_tiles;
+      result["warps"] = plan.resident.warps;
+      break;
   }
   return result;
+}
+
+int64_t packed_layout(int64_t T, int64_t B, int64_t D, int64_t H, int64_t P,
+                      const std::string& dtype, bool allow_tf32, int architecture,
+                      int multiprocessors, int64_t shared_bytes, int device) {
+  const lstm_cuda::LayerShape shape{dtype_named(dtype), T, B, D, P, H, P, 0, P != H};
+  return lstm_cuda::packed_layout(
+      lstm_cuda::plan_cuda(shape, lstm_cuda::cuda_request(device, allow_tf32, false),
+                           {architecture, multiprocessors, shared_bytes}));
+}
+
+int wavefront_chunks(int layers, int64_t T, int64_t B, int64_t H, int64_t P,
+                     const std::string& dtype, bool allow_tf32, int architecture,
+                     int multiprocessors, int64_t shared_bytes, int device) {
+  const lstm_cuda::LayerShape shape{dtype_named(dtype), T, B, 1, P, H, P, 0, P != H};
+  return lstm_cuda::wavefront_chunks(layers, shape,
+                                     lstm_cuda::cuda_request(device, allow_tf32, false),
+                                     {architecture, multiprocessors, shared_bytes});
 }
 
 }  // namespace
@@ -98,8 +137,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("forced_kernel", &lstm_cuda::forced_kernel);
   m.def("force_kernel", &lstm_cuda::force_kernel, py::arg("name"));
   m.def("kernel_families", &kernel_families);
+  m.def("remember_refusal", &remember_refusal, py::arg("device"), py::arg("name"));
   m.def("plan_cuda", &plan_cuda, py::arg("T"), py::arg("B"), py::arg("D"), py::arg("I"),
         py::arg("H"), py::arg("P"), py::arg("dtype"), py::arg("backward"), py::arg("allow_tf32"),
+        py::arg("architecture"), py::arg("multiprocessors"), py::arg("shared_bytes"),
+        py::arg("device"));
+  m.def("packed_layout", &packed_layout, py::arg("T"), py::arg("B"), py::arg("D"), py::arg("H"),
+        py::arg("P"), py::arg("dtype"), py::arg("allow_tf32"), py::arg("architecture"),
+        py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("device"));
+  m.def("wavefront_chunks", &wavefront_chunks, py::arg("layers"), py::arg("T"), py::arg("B"),
+        py::arg("H"), py::arg("P"), py::arg("dtype"), py::arg("allow_tf32"),
         py::arg("architecture"), py::arg("multiprocessors"), py::arg("shared_bytes"),
         py::arg("device"));
   m.def("plan_cpu", &plan_cpu, py::arg("T"), py::arg("B"), py::arg("D"), py::arg("I"), py::arg("H"),

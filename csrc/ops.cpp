@@ -54,7 +54,8 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
                             const Tensors& bias, const Tensors& w_hr, const OptionalTensor& h0,
                             const OptionalTensor& c0, const OptionalTensor& lengths,
                             const OptionalTensor& reset, int64_t reversed, bool save, bool cells,
-                            bool /*allow_tf32*/) {
+                            bool /*allow_tf32*/, const OptionalTensor& /*packed*/,
+                            int64_t /*packed_layout*/) {
   const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
   check_lengths(in);
   const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
@@ -132,6 +133,7 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
 STABLE_TORCH_LIBRARY(lstm_cuda, m) {
   m.def(lstm_cuda::kForwardSchema);
   m.def(lstm_cuda::kBackwardSchema);
+  m.def(lstm_cuda::kPackSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lstm_cuda, CPU, m) {

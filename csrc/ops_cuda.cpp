@@ -7,15 +7,14 @@
 //
 // Everything is put on the current stream; nothing waits for the device, so a call can be captured
 // in a CUDA graph.
-#include "ops.h"
-
-#include <array>
-
 #include "cuda/device.h"
 #include "cuda/dispatch.h"
 #include "cuda/families.h"
 #include "cuda/operands.h"
+#include "cuda/pack.h"
 #include "cuda/plan.h"
+#include "ops.h"
+#include "ops_products.h"
 
 #if !defined(LSTM_EMULATE)
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -25,26 +24,10 @@
 namespace lstm_cuda {
 namespace {
 
-// torch's op with the arguments of its schema; the result is its only output.
-template <class... Arguments>
-Tensor call(const char* op, const char* overload, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+// [D, 4H, P]
+Tensor stacked_w_hh(const Inputs& in) {
+  return shaped(cat(in.w_hh), {in.shape.D, 4 * in.shape.H, in.shape.P});
 }
-
-Tensor cat(const Tensors& list) {
-  return list.size() == 1 ? list[0] : call("aten::cat", "", list, int64_t(0));
-}
-Tensor shaped(const Tensor& t, const Sizes& sizes) { return torch::stable::view(t, sizes); }
-Tensor mm(const Tensor& a, const Tensor& b) { return call("aten::mm", "", a, b); }
-
-// Product of each recurrence's own matrices: sum over n of a[n, d, :]^T b[n, d, :].
-Tensor products_by_recurrence(const Tensor& a, const Tensor& b) {
-  return call("aten::bmm", "", transpose(transpose(a, 0, 1), 1, 2), transpose(b, 0, 1));
-}
-
-void check(const Status& status) { STD_TORCH_CHECK(status.ok(), "lstm_cuda: ", status.message); }
 
 #if defined(LSTM_EMULATE)
 struct Context {
@@ -67,35 +50,151 @@ struct Context {
 };
 #endif
 
-Status start(const RecurrenceForward& p, const CudaPlan& plan, void* scratch, Stream stream) {
-  return plan.family == Family::rec_cta ? rec_cta_forward(p, plan, stream)
-                                        : rec_step_forward(p, plan, scratch, stream);
+// Families whose kernels keep the weights. For them alone, weights are packed, and what the initial
+// state is multiplied with is torch's: gates_x[first step] += h0 w_hh^T, dh0 = dgates[first step] w_hh.
+bool keeps_weights(Family family) {
+  return family == Family::rec_cluster || family == Family::rec_group;
 }
-Status start(const RecurrenceBackward& p, const CudaPlan& plan, void* scratch, Stream stream) {
-  return plan.family == Family::rec_cta ? rec_cta_backward(p, plan, stream)
-                                        : rec_step_backward(p, plan, scratch, stream);
+
+// Memory that the kernels of one call need besides operands and results.
+struct Scratch {
+  Tensor memory;
+  PackedWeights weights{};  // of families with resident weights
+  void* words = nullptr;    // of rec_group
+
+  Scratch(const Inputs& in, int64_t bytes) : memory(empty({bytes}, ScalarType::Byte, in.x)) {}
+  std::byte* data() const { return static_cast<std::byte*>(memory.data_ptr()); }
+};
+
+// A call forward: what kernels are told, and what torch multiplies for them.
+struct Forward {
+  static constexpr bool kBackward = false;
+  const Inputs& in;
+  Products products;
+  OptionalTensor biases;  // [D * 4H], the sum
+  OptionalTensor packed;  // weights that were packed before, in this layout
+  int64_t layout;
+  RecurrenceForward p{};
+  Tensor gates{};  // [T, B, D, 4H]
+
+  void multiply_input() {
+    const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
+    gates = shaped(products.linear(in.x, cat(in.w_ih), biases), {T, B, D, 4 * H});
+    p.gates = gates.data_ptr();
+  }
+
+  Status start(const CudaPlan& plan, const Scratch& scratch, Stream stream) const {
+    switch (plan.family) {
+      case Family::rec_cta:
+        return rec_cta_forward(p, plan, stream);
+      case Family::rec_cluster:
+        return rec_cluster_forward(p, plan, scratch.weights, stream);
+      case Family::rec_group:
+        return rec_group_forward(p, plan, scratch.weights, scratch.words, stream);
+      default:
+        return rec_step_forward(p, plan, scratch.data(), stream);
+    }
+  }
+  Status start_resident(const CudaPlan& plan, const Scratch& scratch, Stream stream) const {
+    if (in.h0) {
+      const Tensor product = bmm(*in.h0, transpose(stacked_w_hh(in), 1, 2));
+      const Status status =
+          add_initial_product(in.shape, product.data_ptr(), p.lengths, p.reset, p.gates, stream);
+      if (!status.ok()) return status;
+    }
+    return start(plan, scratch, stream);
+  }
+  // Whether a launch is refused is known only after h0's product was put in gates_x, where the next
+  // family would add it again; of several launches, the first may have saved gates there, too. That
+  // happens once, so gates_x is made anew.
+  void undo_resident() { multiply_input(); }
+
+  // Weights that need not be packed any more.
+  const void* packed_before(const CudaPlan& plan, int64_t bytes) const {
+    if (!packed || layout != packed_layout(plan)) return nullptr;
+    STD_TORCH_CHECK(packed->numel() == bytes, "lstm_cuda: packed must have ", bytes,
+                    " bytes for this layer; got ", packed->numel());
+    return packed->data_ptr();
+  }
+};
+
+struct Backward {
+  static constexpr bool kBackward = true;
+  const Inputs& in;
+  RecurrenceBackward p{};
+  Tensor dh0;
+
+  Status start(const CudaPlan& plan, const Scratch& scratch, Stream stream) const {
+    switch (plan.family) {
+      case Family::rec_cta:
+        return rec_cta_backward(p, plan, stream);
+      case Family::rec_cluster:
+        return rec_cluster_backward(p, plan, scratch.weights, stream);
+      case Family::rec_group:
+        return rec_group_backward(p, plan, scratch.weights, scratch.words, stream);
+      default:
+        return rec_step_backward(p, plan, scratch.data(), stream);
+    }
+  }
+  Status start_resident(const CudaPlan& plan, const Scratch& scratch, Stream stream) {
+    const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
+    Status status = start(plan, scratch, stream);
+    if (!status.ok() || !p.dh0) return status;
+    const Tensor first = empty({D, B, 4 * H}, in.type, in.x);
+    status = first_dgates(in.shape, p.dgates, p.lengths, p.reset, first.data_ptr(), stream);
+    if (!status.ok()) return status;
+    dh0 = bmm(first, stacked_w_hh(in));
+    return finish_dh0(in.shape, p.dh_n, p.lengths, p.reset, dh0.data_ptr(), stream);
+  }
+  void undo_resident() {}  // what was given is as it was, and results are written again
+  static const void* packed_before(const CudaPlan&, int64_t) { return nullptr; }
+};
+
+template <class Call>
+Status start(Call& call, const CudaPlan& plan, Stream stream) {
+  const LayerShape& shape = call.in.shape;
+  if (!keeps_weights(plan.family)) {
+    const bool step = plan.family == Family::rec_step;
+    const Scratch scratch(call.in, step ? rec_step_scratch(shape, plan, Call::kBackward) : 0);
+    return call.start(plan, scratch, stream);
+  }
+  const int64_t packed = packed_bytes(shape, plan, Call::kBackward);
+  const int64_t words =
+      plan.family == Family::rec_group ? rec_group_words(shape, plan, Call::kBackward) : 0;
+  const void* const before = call.packed_before(plan, packed);
+  Scratch scratch(call.in, (before ? 0 : packed) + words);
+  scratch.weights = packed_weights(shape, plan, Call::kBackward, before ? before : scratch.data());
+  if (words > 0) scratch.words = scratch.data() + (before ? 0 : packed);
+  if (before) {
+    if (words > 0) torch::stable::zero_(scratch.memory);
+    return call.start_resident(plan, scratch, stream);
+  }
+  const Status status = pack_weights(shape, plan, Call::kBackward, call.p.w_hh, scratch.data(),
+                                     scratch.words, words, stream);
+  return status.ok() ? call.start_resident(plan, scratch, stream) : status;
 }
 
 // Runs the recurrence with the family that the plan gives; one that cannot be launched here makes
 // way for the next, now and from now on.
-template <class Problem>
-void run(const Problem& p, bool allow_tf32, bool backward, const Tensor& x,
-         const Context& context) {
+template <class Call>
+void run(Call& call, bool allow_tf32, const Context& context) {
+  const LayerShape& shape = call.in.shape;
   CudaDevice device;
   check(cuda_device(context.index, device));
   for (;;) {
-    const CudaRequest request = cuda_request(context.index, allow_tf32, backward);
-    const CudaPlan plan = plan_cuda(p.shape, request, device);
+    CudaRequest request = cuda_request(context.index, allow_tf32, Call::kBackward);
+    // Nobody has shown that cooperative launches can be captured.
+    const bool recorded = capturing(context.stream);
+    if (recorded) request.refused |= 1 << int(Family::rec_group);
+    const CudaPlan plan = plan_cuda(shape, request, device);
     STD_TORCH_CHECK(plan.possible, "lstm_cuda: ", name_of(plan.family),
-                    " cannot run a layer of H=", p.shape.H, ", P=", p.shape.P,
-                    " here: ", plan.reason);
-    const int64_t bytes =
-        plan.family == Family::rec_step ? rec_step_scratch(p.shape, plan, backward) : 0;
-    const Tensor scratch = empty({bytes}, ScalarType::Byte, x);
-    const Status status = start(p, plan, scratch.data_ptr(), context.stream);
+                    " cannot run a layer of H=", shape.H, ", P=", shape.P,
+                    recorded ? " here, for a CUDA graph: " : " here: ", plan.reason);
+    const Status status = start(call, plan, context.stream);
     if (status.ok()) return;
     if (request.forced >= 0 || plan.family == Family::rec_step) check(status);
     remember_refusal(context.index, plan.family);
+    if (keeps_weights(plan.family)) call.undo_resident();
   }
 }
 
@@ -120,7 +219,7 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
                             const Tensors& bias, const Tensors& w_hr, const OptionalTensor& h0,
                             const OptionalTensor& c0, const OptionalTensor& lengths,
                             const OptionalTensor& reset, int64_t reversed, bool save, bool cells,
-                            bool allow_tf32) {
+                            bool allow_tf32, const OptionalTensor& packed, int64_t layout) {
   const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
   const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
   const ScalarType compute = compute_type(in.type);
@@ -141,22 +240,20 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
     check(add_biases(in.shape, b_pointers.data(), b_pointers.data() + D, biases->data_ptr(),
                      context.stream));
   }
-  const Tensor rows = torch::stable::reshape(in.x, Sizes{T * B, I});
-  const Tensor gates =
-      shaped(call("aten::linear", "", rows, cat(in.w_ih), biases), {T, B, D, 4 * H});
   const Tensor h_n = empty({D, B, P}, in.type, x), c_n = empty({D, B, H}, in.type, x);
 
-  RecurrenceForward p{};
+  Forward forward{in, Products(x, allow_tf32, context.stream), biases, packed, layout};
+  RecurrenceForward& p = forward.p;
   fill(p, in);
   p.h0 = pointer(in.h0);
-  p.gates = gates.data_ptr();
   p.save = save;
   p.y = y.data_ptr();
   p.h_n = h_n.data_ptr();
   p.c_n = c_n.data_ptr();
   p.c = save || cells ? c.data_ptr() : nullptr;
-  run(p, allow_tf32, false, x, context);
-  return {y, h_n, c_n, save ? gates : empty({0}, in.type, x), c};
+  forward.multiply_input();
+  run(forward, allow_tf32, context);
+  return {y, h_n, c_n, save ? forward.gates : empty({0}, in.type, x), c};
 }
 
 BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
@@ -187,9 +284,9 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const int64_t rows = T * B;
   const Tensor dgates = empty({rows, D, 4 * H}, in.type, x);
   const Tensor dh = projected ? empty({rows, D, P}, in.type, x) : nothing;
-  const Tensor dh0 = h0 ? empty({D, B, P}, in.type, x) : nothing;
   const Tensor dc0 = c0 ? empty({D, B, H}, in.type, x) : nothing;
-  RecurrenceBackward p{};
+  Backward backward{in, {}, h0 ? empty({D, B, P}, in.type, x) : nothing};
+  RecurrenceBackward& p = backward.p;
   fill(p, in);
   p.gates = grads.gates.data_ptr();
   p.c = grads.c.data_ptr();
@@ -199,13 +296,14 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   p.dc = pointer(grads.dc);
   p.dgates = dgates.data_ptr();
   p.dh = projected ? dh.data_ptr() : nullptr;
-  p.dh0 = h0 ? dh0.data_ptr() : nullptr;
+  p.dh0 = h0 ? backward.dh0.data_ptr() : nullptr;
   p.dc0 = c0 ? dc0.data_ptr() : nullptr;
-  run(p, allow_tf32, true, x, context);
+  run(backward, allow_tf32, context);
 
+  const Products products(x, allow_tf32, context.stream);
   const Tensor flat = shaped(dgates, {rows, D * 4 * H});
   Tensor dx = nothing, dw_ih = nothing, dw_hh = nothing, db = nothing, dw_hr = nothing;
-  if (need_dx) dx = shaped(mm(flat, cat(in.w_ih)), {T, B, I});
+  if (need_dx) dx = shaped(products.multiply(flat, cat(in.w_ih)), {T, B, I});
   if (need_dw) {
     // What stands in x past a row's length must not meet the zeros of dgates: it may be NaN.
     Tensor x_rows = in.x;
@@ -213,24 +311,53 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
       x_rows = empty({rows, I}, in.type, x);
       check(copy_input(in.shape, in.x.data_ptr(), in.x.stride(0), in.x.stride(1), p.lengths,
                        x_rows.data_ptr(), context.stream));
-    } else {
-      x_rows = torch::stable::reshape(in.x, Sizes{rows, I});
     }
-    dw_ih = shaped(mm(transpose(flat, 0, 1), x_rows), {D, 4 * H, I});
     db = shaped(call("aten::sum", "dim_IntList", flat, std::optional<Sizes>(Sizes{0}), false,
                      std::optional<ScalarType>()),
                 {D, 4 * H});
-    const Tensor h_prev = empty({rows, D, P}, in.type, x);
+    const Tensor h_prev = empty({rows, D * P}, in.type, x);
     check(copy_previous_h(in.shape, grads.y.data_ptr(), pointer(in.h0), p.lengths, p.reset,
                           h_prev.data_ptr(), context.stream));
-    dw_hh = products_by_recurrence(dgates, h_prev);
+    std::vector<Products::OverRows> wanted{{flat, x_rows, 1}, {flat, h_prev, D}};
     if (projected) {
-      const Tensor m = empty({rows, D, H}, in.type, x);
+      const Tensor m = empty({rows, D * H}, in.type, x);
       check(cell_outputs(in.shape, p.gates, p.c, p.lengths, m.data_ptr(), context.stream));
-      dw_hr = products_by_recurrence(dh, m);
+      wanted.push_back({shaped(dh, {rows, D * P}), m, D});
     }
+    const Tensors dw = products.over_rows(wanted);
+    dw_ih = shaped(dw[0], {D, 4 * H, I});
+    dw_hh = dw[1];
+    if (projected) dw_hr = dw[2];
   }
-  return {dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr};
+  return {dx, backward.dh0, dc0, dw_ih, dw_hh, db, dw_hr};
+}
+
+ScalarType type_of(Arithmetic arithmetic) {
+  return arithmetic == Arithmetic::float16    ? ScalarType::Half
+         : arithmetic == Arithmetic::bfloat16 ? ScalarType::BFloat16
+                                              : ScalarType::Float;
+}
+
+Tensor pack_weights_ahead(const Tensors& w_hh, int64_t layout) {
+  STD_TORCH_CHECK(!w_hh.empty() && w_hh.size() <= size_t(kMaxRecurrences),
+                  "lstm_cuda: w_hh must have 1 to 64 tensors; got ", w_hh.size());
+  CudaPlan plan;
+  STD_TORCH_CHECK(plan_of_layout(layout, plan), "lstm_cuda: no packed weights have layout ",
+                  layout);
+  const Tensor& first = w_hh[0];
+  STD_TORCH_CHECK(first.dim() == 2, "lstm_cuda: w_hh must be [4H, H]; got ", first.dim(), "-D");
+  LayerShape shape{};
+  shape.D = int64_t(w_hh.size());
+  shape.H = shape.P = first.size(1);
+  const Tensors weights =
+      checked("w_hh", w_hh, w_hh.size(), {4 * shape.H, shape.H}, type_of(plan.arithmetic), first);
+  STD_TORCH_CHECK(shape.H <= plan.resident.hidden, "lstm_cuda: layout ", layout,
+                  " is for hidden sizes up to ", plan.resident.hidden, "; got ", shape.H);
+  const Context context(first);
+  const Tensor packed = empty({packed_bytes(shape, plan, false)}, ScalarType::Byte, first);
+  check(pack_weights(shape, plan, false, pointers(weights).data(), packed.data_ptr(), nullptr, 0,
+                     context.stream));
+  return packed;
 }
 
 }  // namespace
@@ -240,6 +367,7 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
 STABLE_TORCH_LIBRARY(lstm_cuda_emulated, m) {
   m.def(lstm_cuda::kForwardSchema);
   m.def(lstm_cuda::kBackwardSchema);
+  m.def(lstm_cuda::kPackSchema);
 }
 STABLE_TORCH_LIBRARY_IMPL(lstm_cuda_emulated, CPU, m) {
 #else
@@ -247,4 +375,5 @@ STABLE_TORCH_LIBRARY_IMPL(lstm_cuda, CUDA, m) {
 #endif
   m.impl("layer_forward", TORCH_BOX(&lstm_cuda::layer_forward));
   m.impl("layer_backward", TORCH_BOX(&lstm_cuda::layer_backward));
+  m.impl("pack_weights", TORCH_BOX(&lstm_cuda::pack_weights_ahead));
 }

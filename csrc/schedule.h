@@ -36,9 +36,14 @@ struct Schedule {
   // True if no state crosses into step t. reset[t] is a boundary between t-1 and t in either
   // direction.
   LSTM_HOST_DEVICE bool fresh(int64_t t, int64_t b) const {
-    if (!reset) return false;
-    if (!reversed) return reset[t * B + b];
-    return t + 1 < length(b) && reset[(t + 1) * B + b];
+    const uint8_t* const boundary = boundary_before(t, b);
+    return boundary && *boundary;
+  }
+  // Where `fresh` looks: who loads it ahead need not wait at once. Null if there is no boundary.
+  LSTM_HOST_DEVICE const uint8_t* boundary_before(int64_t t, int64_t b) const {
+    if (!reset) return nullptr;
+    if (!reversed) return reset + t * B + b;
+    return t + 1 < length(b) ? reset + (t + 1) * B + b : nullptr;
   }
 };
 

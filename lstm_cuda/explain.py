@@ -80,9 +80,13 @@ def _in_words(plan: dict[str, object]) -> str:
     if not plan["possible"]:
         return f"error: {kernel} cannot run it: {because}"
     how = f"{kernel}, {plan['arithmetic']} products, "
-    if kernel == "rec_cta":
-        how += f"one launch for all steps, H padded to {plan['padded_hidden']}"
-    else:
+    if kernel == "rec_step":
         how += "overlapping launches" if plan["launches_overlap"] else "launches"
-        how += f" for each step, {plan['tile']} tiles"
+        return how + f" for each step, {plan['tile']} tiles: {because}"
+    how += f"one launch for all steps, H padded to {plan['padded_hidden']}"
+    if kernel != "rec_cta":
+        team = "group" if "groups" in plan else "cluster"
+        how += f", {plan['columns']} batch rows to a {team} of {plan['blocks']} blocks"
+    if "groups" in plan:
+        how += f", {plan['groups']} groups at once"
     return f"{how}: {because}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Iterator, Sequence
@@ -68,7 +69,11 @@ class CudaDevice:
     @classmethod
     def of(cls, device: torch.device) -> CudaDevice:
         """The properties of a device of this machine."""
-        index = torch.cuda.current_device() if device.index is None else device.index
+        return cls._of(torch.cuda.current_device() if device.index is None else device.index)
+
+    @classmethod
+    @functools.cache
+    def _of(cls, index: int) -> CudaDevice:
         found = torch.cuda.get_device_properties(index)
         return cls(
             10 * found.major + found.minor,
@@ -93,6 +98,16 @@ def plan_cuda(
     """Which kernel family a layer of these sizes gets on a CUDA device, its parameters, and why.
 
     Needs neither a GPU nor a build with CUDA.
+
+    Returns:
+        ``kernel``, the family; ``possible``, whether it can run the layer; ``arithmetic`` of
+        products; ``because``, in words. If it is possible, ``estimated_us``, what the whole
+        recurrence is expected to take, and
+
+        * ``rec_cta``: ``padded_hidden``, the compiled size that holds H
+        * ``rec_cluster``, ``rec_group``: the same, and ``blocks`` of a cluster or group, ``warps``
+          of a block, ``columns``, the batch rows of a cluster or group; ``groups`` of a launch
+        * ``rec_step``: ``tile`` of its products, ``launches_overlap``
     """
     require("cpu")
     name = str(dtype).removeprefix("torch.")
@@ -103,6 +118,48 @@ def plan_cuda(
     return result
 
 
+def wavefront_chunks(
+    layers: int,
+    T: int,
+    B: int,
+    H: int,
+    P: int,
+    dtype: torch.dtype,
+    allow_tf32: bool,
+    device: CudaDevice,
+) -> int:
+    """Into how many chunks of time a stack of such layers is cut on a CUDA device; 1 is none.
+
+    Needs neither a GPU nor a build with CUDA.
+    """
+    require("cpu")
+    name = str(dtype).removeprefix("torch.")
+    chunks: int = _C.wavefront_chunks(
+        layers, T, B, H, P, name, allow_tf32, device.architecture, device.multiprocessors,
+        device.shared_bytes, device.index,
+    )  # fmt: skip
+    return chunks
+
+
+def packed_layout(x: Tensor, D: int, H: int, P: int, allow_tf32: bool) -> int:
+    """How ``layer_forward`` would pack w_hh for this input; 0 if it would not."""
+    if x.device.type != "cuda":
+        return 0
+    device = CudaDevice.of(x.device)
+    T, B, _ = x.shape
+    layout: int = _C.packed_layout(
+        T, B, D, H, P, str(x.dtype).removeprefix("torch."), allow_tf32, device.architecture,
+        device.multiprocessors, device.shared_bytes, device.index,
+    )  # fmt: skip
+    return layout
+
+
+def pack_weights(w_hh: Sequence[Tensor], layout: int) -> Tensor:
+    """w_hh of D recurrences, [4H, H] each, packed for ``layer_forward``."""
+    packed: Tensor = _pack(w_hh, layout)
+    return packed
+
+
 @contextmanager
 def force_kernel(name: str) -> Iterator[None]:
     """Run every layer on CUDA with one kernel family, for tests and measurements.
@@ -111,7 +168,8 @@ def force_kernel(name: str) -> Iterator[None]:
     all threads. A layer that the family cannot run raises.
 
     Args:
-        name: ``"rec_cta"`` or ``"rec_step"``; ``""`` for the free choice.
+        name: ``"rec_cta"``, ``"rec_cluster"``, ``"rec_group"`` or ``"rec_step"``; ``""`` for the
+            free choice.
 
     Raises:
         ValueError: there is no such family.
@@ -167,6 +225,8 @@ def layer_forward(
     save: bool,
     cells: bool,
     allow_tf32: bool,
+    packed: Tensor | None = None,
+    packed_layout: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer of D recurrences; the meaning is ``reference.lstm_layer``'s.
 
@@ -183,7 +243,9 @@ def layer_forward(
         reversed: bit d set: recurrence d runs backwards in time.
         save: keep what backward needs.
         cells: keep c.
-        allow_tf32: float32 products of the recurrence may round operands to TF32 (CUDA only).
+        allow_tf32: float32 products may round operands to TF32 (CUDA only).
+        packed: w_hh as ``pack_weights`` gave it, or None.
+        packed_layout: its layout; where the call's is another, w_hh is packed anew.
 
     Returns:
         y [T, B, D*P] contiguous, h_n [D, B, P], c_n [D, B, H] in x's dtype; gates [T, B, D, 4H]
@@ -193,6 +255,7 @@ def layer_forward(
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _outside_autocast(
         _forward, x.device.type,
         x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, save, cells, allow_tf32,
+        packed, packed_layout,
     )  # fmt: skip
     return result
 
@@ -281,6 +344,8 @@ def _layer_forward_fake(
     save: bool,
     cells: bool,
     allow_tf32: bool,
+    packed: Tensor | None = None,
+    packed_layout: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, B, D, H, P = _sizes(x, w_hh)
     return (
@@ -331,5 +396,6 @@ if load_error is None:
     # Looked up once: the three lookups by name cost as much as a check of all arguments.
     _forward = torch.ops.lstm_cuda.layer_forward.default
     _backward = torch.ops.lstm_cuda.layer_backward.default
+    _pack = torch.ops.lstm_cuda.pack_weights.default
     torch.library.register_fake("lstm_cuda::layer_forward", _layer_forward_fake)
     torch.library.register_fake("lstm_cuda::layer_backward", _layer_backward_fake)

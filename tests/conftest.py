@@ -40,6 +40,7 @@ def emulated_ops(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     library = torch.ops.lstm_cuda_emulated
     monkeypatch.setattr(ops, "_forward", library.layer_forward.default)
     monkeypatch.setattr(ops, "_backward", library.layer_backward.default)
+    monkeypatch.setattr(ops, "_pack", library.pack_weights.default)
     monkeypatch.setattr(ops, "saved_gates_dtype", lambda x: x.dtype)
     return emulator
 

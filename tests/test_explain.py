@@ -62,3 +62,20 @@ def test_a_cuda_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None
     assert "overlapping launches for each step, small tiles: rec_cta has no projection" in text
     old = CudaDevice(architecture=75, multiprocessors=40, shared_bytes=65536)
     assert "error: rec_step cannot run it: the device is older" in explain(lstm, x, old)
+
+
+def test_clusters_and_groups_in_words() -> None:
+    h100 = CudaDevice(architecture=90, multiprocessors=132, shared_bytes=232448)
+    lstm = FusedLSTM(3, 200, dtype=torch.bfloat16)
+    x = torch.randn(100, 20, 3, dtype=torch.bfloat16)
+    assert explain(lstm, x, h100).splitlines()[2] == (
+        "  forward: rec_cluster, bfloat16 products, one launch for all steps, H padded to 256, "
+        "8 batch rows to a cluster of 8 blocks: the weights fit the registers of a cluster"
+    )
+    with force_kernel("rec_group"):
+        assert explain(lstm, x, h100).splitlines()[2] == (
+            "  forward: rec_group, bfloat16 products, one launch for all steps, H padded to 512, "
+            "8 batch rows to a group of 32 blocks, 3 groups at once: forced"
+        )
+        a100 = CudaDevice(architecture=80, multiprocessors=31, shared_bytes=166912)
+        assert "error: rec_group cannot run it: a group has more blocks" in explain(lstm, x, a100)

@@ -33,7 +33,15 @@ from lstm_cuda import layer, ops
 from lstm_cuda.ops import CudaDevice
 
 ALL = "y h_n c_n cells"  # outputs that have gradients
-FAMILIES = ["rec_cta", "rec_step"]
+FAMILIES = ["rec_cta", "rec_cluster", "rec_group", "rec_step"]
+RESIDENT = ("rec_cluster", "rec_group")  # whose blocks together keep all weights
+# Kernels that only this family launches, forward and backward.
+KERNELS = {
+    "rec_cta": ("rec_cta_forward", "rec_cta_backward"),
+    "rec_cluster": ("rec_cluster_forward", "rec_cluster_backward"),
+    "rec_group": ("rec_group_forward", "rec_group_backward"),
+    "rec_step": ("step_forward", "step_backward"),
+}
 ARITHMETICS = {
     "f64": torch.float64,
     "f32": torch.float32,
@@ -41,6 +49,8 @@ ARITHMETICS = {
     "f16": torch.float16,
     "bf16": torch.bfloat16,
 }
+# An arithmetic that each family has, with as few rounding errors as possible.
+FINE = {"rec_cta": "f64", "rec_cluster": "f32", "rec_group": "f32", "rec_step": "f64"}
 # A result of one number, the sum of rounded terms that may cancel, may have any relative error.
 SINGLE = Problem(1, 1, 1, 1)
 ROUNDED = ("tf32", "f16", "bf16")
@@ -107,15 +117,23 @@ def can_run(family: str, p: Problem, arithmetic: str) -> bool:
     return bool(plan["possible"])
 
 
-def cases(problems: list[Problem]) -> Any:
-    """Each problem in each arithmetic with each family that runs it."""
+def cases(problems: list[Problem], resident: dict[str, list[Problem]] | None = None) -> Any:
+    """Each problem in each arithmetic with each family that runs it.
+
+    Args:
+        problems: for rec_cta and rec_step, and where `resident` has no others, for rec_cluster.
+        resident: those of rec_cluster and rec_group. Emulation runs ten thousands of threads for
+            one group, and takes a second.
+    """
+    of = {"rec_cta": problems, "rec_cluster": problems, "rec_group": [], "rec_step": problems}
+    of |= resident or {}
     return pytest.mark.parametrize(
         "p, family, arithmetic",
         [
             pytest.param(p, family, arithmetic, id=f"{family}-{arithmetic}-{p}")
             for family in FAMILIES
             for arithmetic in ARITHMETICS
-            for p in problems
+            for p in of[family]
             if can_run(family, p, arithmetic) and not (p == SINGLE and arithmetic in ROUNDED)
         ],
     )
@@ -146,15 +164,51 @@ SHAPES = [
 ]
 
 
-@cases(SHAPES)
+# What depends on sizes: tiles of the batch and of the hidden size, rows that are not aligned, more
+# parts than run at once. What does not has been seen in the other families.
+RESIDENT_SHAPES = {
+    "rec_cluster": [
+        SINGLE,
+        Problem(4, 9, 3, 17, bidirectional=True, bias=False),
+        Problem(5, 9, 8, 8, bidirectional=True, lengths=True, reset=True),
+        Problem(5, 17, 4, 5, reverse=True, reset=True, lengths=True, hx=False),
+        Problem(3, 35, 6, 128, reset=True),
+        Problem(3, 3, 6, 130, bidirectional=True, lengths=True),
+        Problem(3, 10, 6, 300, lengths=True),
+        Problem(3, 2, 4, 6, L=2, bidirectional=True),
+    ],
+    "rec_group": [
+        Problem(4, 9, 3, 101, bidirectional=True, lengths=True, reset=True),
+        Problem(3, 33, 5, 520, reverse=True, lengths=True),
+    ],
+}
+
+
+@cases(SHAPES, RESIDENT_SHAPES)
 def test_accuracy(p: Problem, family: str, arithmetic: str, machine: Machine) -> None:
     with machine.forced(family, arithmetic):
         accurate(p, machine, arithmetic)
         if machine.emulator is not None:
             kernels = set(machine.emulator.take_launches())
-            assert ("step_forward" in kernels) == (family == "rec_step")
-            assert ("rec_cta_forward" in kernels) == (family == "rec_cta")
+            for other, names in KERNELS.items():
+                assert kernels & set(names) == (set(names) if other == family else set())
+            assert ({"pack_forward", "pack_backward"} <= kernels) == (family in RESIDENT)
             assert ("step_project" in kernels) >= bool(p.P)
+
+
+# The sizes that these families are for.
+@cases(
+    [],
+    {
+        "rec_cluster": [Problem(3, 9, 4, 256, lengths=True), Problem(3, 9, 4, 512, reset=True)],
+        "rec_group": [Problem(3, 9, 4, 1024, lengths=True)],
+    },
+)
+def test_accuracy_of_wide_layers(
+    p: Problem, family: str, arithmetic: str, machine: Machine
+) -> None:
+    with machine.forced(family, arithmetic):
+        accurate(p, machine, arithmetic)
 
 
 # A device with few multiprocessors is given larger tiles.
@@ -194,7 +248,8 @@ def test_accuracy_of_large_layers(H: int, B: int, arithmetic: str, machine: Mach
 # The gradients of all others are absent.
 @pytest.mark.parametrize("of", ["y", "h_n", "c_n", "cells", "h_n c_n"])
 @cases(
-    [Problem(4, 9, 3, 12, bidirectional=True, lengths=True, reset=True), Problem(3, 2, 3, 6, P=4)]
+    [Problem(4, 9, 3, 12, bidirectional=True, lengths=True, reset=True), Problem(3, 2, 3, 6, P=4)],
+    {"rec_group": [Problem(3, 3, 3, 12, lengths=True)]},
 )
 def test_absent_gradients(
     p: Problem, family: str, arithmetic: str, of: str, machine: Machine
@@ -213,13 +268,13 @@ BUSY = [
 ]
 
 
-@cases(BUSY)
+@cases(BUSY, {"rec_cluster": BUSY[1:2], "rec_group": [Problem(4, 3, 3, 40, reset=True)]})
 def test_the_order_of_threads_changes_nothing(
     p: Problem, family: str, arithmetic: str, machine: Machine
 ) -> None:
     """Nor does running it again on a GPU, where nobody chooses the order."""
     first = None
-    for order in ORDERS:
+    for order in ORDERS[: 3 if family == "rec_group" else None]:
         d = make(p, machine.device).to(ARITHMETICS[arithmetic])
         with machine.forced(family, arithmetic, order):
             results = run(call, p, d, ALL)
@@ -228,7 +283,10 @@ def test_the_order_of_threads_changes_nothing(
         assert_equal([*results.values()], [*first.values()])
 
 
-@cases([Problem(4, 9, 3, 12, lengths=True), Problem(4, 9, 3, 12, P=4, reset=True)])
+@cases(
+    [Problem(4, 9, 3, 12, lengths=True), Problem(4, 9, 3, 12, P=4, reset=True)],
+    {"rec_group": [Problem(4, 9, 3, 12, lengths=True)]},
+)
 def test_a_nan_stays_in_its_row(p: Problem, family: str, arithmetic: str, machine: Machine) -> None:
     d = make(p, machine.device).to(ARITHMETICS[arithmetic])
     bad = make(p, machine.device).to(ARITHMETICS[arithmetic])
@@ -253,23 +311,24 @@ def test_what_stands_past_a_length_is_not_used(family: str, machine: Machine) ->
     d = make(p, machine.device)
     d.x[3:, 1] = float("nan")
     d.lengths[1] = 3
-    d = d.to(torch.float64)
+    dtype = ARITHMETICS[FINE[family]]
+    d = d.to(dtype)
     with machine.forced(family):
         results = run(call, p, d, ALL)
-    expected = run(truth, p, d, ALL)
+    expected = run(truth, p, d.to(torch.float64), ALL)
     for name, t in expected.items():
-        close(results[name], t)
+        close(results[name], t, helpers.BOUNDS[dtype][0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lengths_outside_the_range_are_clamped(family: str, machine: Machine) -> None:
     p = Problem(4, 3, 2, 5, lengths=True)
-    d = make(p, machine.device)
+    d = make(p, machine.device).to(ARITHMETICS[FINE[family]])
     w_ih, w_hh, *bias = d.weights[0]
     results = []
     for values in ([9, -3, 2], [4, 0, 2]):
         lengths = torch.tensor(values, device=machine.device)
-        with machine.forced(family):
+        with torch.no_grad(), machine.forced(family):
             results.append(
                 ops.layer_forward(
                     d.x, [w_ih], [w_hh], bias, [], *d.hx, lengths, None, 0, False, True, False
@@ -281,7 +340,7 @@ def test_lengths_outside_the_range_are_clamped(family: str, machine: Machine) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_was_saved_survives_a_backward(family: str, machine: Machine) -> None:
     p = Problem(4, 3, 2, 5, bidirectional=True, lengths=True, reset=True)
-    d = make(p, machine.device).to(torch.float64)
+    d = make(p, machine.device).to(ARITHMETICS[FINE[family]])
     with machine.forced(family):
         outputs = call(p, d)
         loss = sum((t * t).sum() for t in outputs.values())
@@ -309,7 +368,7 @@ def test_autocast_does_not_reach_the_products_of_backward(family: str, machine: 
 @pytest.mark.parametrize("T, B", [(0, 3), (4, 0), (0, 0)])
 def test_empty(T: int, B: int, family: str, machine: Machine) -> None:
     p = Problem(T, B, 3, 4)
-    d = make(p, machine.device).to(torch.float64)
+    d = make(p, machine.device).to(ARITHMETICS[FINE[family]])
     with machine.forced(family):
         results = run(call, p, d, ALL)
     expected = run(truth, p, d, ALL)
@@ -317,7 +376,7 @@ def test_empty(T: int, B: int, family: str, machine: Machine) -> None:
         assert results[name].shape == t.shape and error(results[name], t) == 0, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in RESIDENT])
 def test_gradcheck(family: str, machine: Machine) -> None:
     p = Problem(3, 2, 2, 3, bidirectional=True, lengths=True, reset=True)
     d = make(p, machine.device).to(torch.float64)
@@ -365,6 +424,75 @@ def test_a_refused_launch_makes_way_for_the_next_family_for_good(
             kernels = refusing.take_launches()
             seen.append((kernels.count("rec_cta_forward"), kernels.count("step_forward")))
     assert seen == [(1, p.T), (0, p.T), (1, 0)]
+
+
+ONE_GROUP = CudaDevice(80, 40, 166912)  # at a time; and no clusters
+
+
+# Of a group's launches the first may have been made: gates of some rows are then there already.
+@pytest.mark.parametrize(
+    "family, H, refused, spared, modelled, index",
+    [  # each on a device of its own, on which nothing was refused before
+        ("rec_cluster", 200, "rec_", 0, H200, 2),
+        ("rec_cluster", 200, "rec_cluster_backward", 0, H200, 3),
+        ("rec_group", 300, "rec_group_forward", 1, ONE_GROUP, 4),
+        ("rec_group", 300, "rec_group_backward", 1, ONE_GROUP, 5),
+    ],
+)
+def test_nothing_is_left_of_a_family_that_was_refused(
+    family: str,
+    H: int,
+    refused: str,
+    spared: int,
+    modelled: CudaDevice,
+    index: int,
+    machine: Machine,
+    refusing: Any,
+) -> None:
+    """Of the product of h0 above all, which families with resident weights want in gates_x."""
+
+    def chosen(T: int, backward: bool) -> object:
+        dtype = ARITHMETICS["f16"]
+        return ops.plan_cuda(T, 2, 2, 3, H, H, dtype, backward, False, modelled)["kernel"]
+
+    # As few steps as make the family worth while.
+    T = next(T for T in range(1, 100) if {chosen(T, b) for b in (False, True)} == {family})
+    p = Problem(T, 2, 3, H, bidirectional=True, lengths=True, reset=True)
+    refusing.set_device(modelled.architecture, modelled.multiprocessors, modelled.shared_bytes)
+    refusing.use_device(index)
+    refusing.refuse(refused, spared)
+    try:
+        with machine.forced(""):
+            accurate(p, machine, "f16")
+            kernels = refusing.take_launches()
+    finally:
+        refusing.set_device(H200.architecture, H200.multiprocessors, H200.shared_bytes)
+    tried = [name for name in kernels if name.startswith(refused)]
+    assert len(tried) > spared and tried[0].startswith(family)
+    assert "step_backward" in kernels
+    assert ("step_forward" in kernels) == (
+        "rec_cluster_forward" in tried or "rec_group_forward" in tried
+    )
+
+
+def test_no_group_is_recorded_for_a_graph(machine: Machine, refusing: Any) -> None:
+    """Nobody has shown that a cooperative launch can be."""
+    p = Problem(2, 2, 3, 300)
+    d = make(p).to(torch.float32)
+    refusing.set_device(80, 108, 166912)
+    refusing.set_capturing(True)
+    try:
+        with machine.forced(""), torch.no_grad():
+            call(p, d)
+        assert "step_forward" in refusing.take_launches()
+        with machine.forced("rec_group"), pytest.raises(RuntimeError, match="for a CUDA graph"):
+            call(p, d)
+        refusing.set_capturing(False)
+        with machine.forced("rec_group"), torch.no_grad():
+            call(p, d)  # what was recorded is not remembered as a refusal
+    finally:
+        refusing.set_capturing(False)
+        refusing.set_device(90, 132, 232448)
 
 
 def test_a_launch_that_fails_says_which_and_why(machine: Machine, refusing: Any) -> None:

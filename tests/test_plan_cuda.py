@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -18,12 +20,34 @@ H100 = CudaDevice(90, 132, 232448)
 A100 = CudaDevice(80, 108, 166912)
 RTX4090 = CudaDevice(89, 128, 101376)
 B200 = CudaDevice(100, 148, 232448)
+RTX5090 = CudaDevice(120, 170, 101376)
 SMALL = CudaDevice(86, 16, 49152)  # little shared memory, few multiprocessors
 DEVICES = {
-    "H200": H200, "H100": H100, "A100": A100, "RTX4090": RTX4090, "B200": B200, "small": SMALL
+    "H200": H200, "H100": H100, "A100": A100, "RTX4090": RTX4090, "B200": B200,
+    "RTX5090": RTX5090, "small": SMALL,
 }  # fmt: skip
 BY_DEVICE = pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+FAMILIES = ("rec_cta", "rec_cluster", "rec_group", "rec_step")
+# dtype and whether TF32 is allowed, by the name of the arithmetic.
+ARITHMETICS = {
+    "float64": (torch.float64, False),
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "float16": (torch.float16, False),
+    "bfloat16": (torch.bfloat16, True),
+}
+BY_ARITHMETIC = pytest.mark.parametrize("arithmetic", ARITHMETICS)
+# The widest H of a family: what its registers and shared memory hold.
+WIDEST = {
+    "rec_cta": {"float64": 32, "float32": 64, "tf32": 64, "float16": 128, "bfloat16": 128},
+    "rec_cluster": {"float64": 0, "float32": 256, "tf32": 512, "float16": 512, "bfloat16": 512},
+    "rec_group": {"float64": 0, "float32": 1024, "tf32": 2048, "float16": 2048, "bfloat16": 2048},
+}
 TILE_BYTES = {"small": 27648, "medium": 55296, "large": 82944}
+HIDDEN = (1, 5, 32, 33, 64, 65, 100, 128, 129, 256, 257, 384, 500, 512, 513, 768, 1000, 1024, 1025,
+          2048, 2049, 5000)  # fmt: skip
+BATCH = (1, 8, 9, 64, 250, 1024, 5000)
+STEPS = (1, 2, 7, 512)
 
 
 def plan(
@@ -33,99 +57,372 @@ def plan(
     T: int = 512,
     D: int = 1,
     P: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
+    arithmetic: str = "bfloat16",
     backward: bool = False,
-    tf32: bool = False,
     device: CudaDevice = H200,
+    family: str = "",
 ) -> dict[str, Any]:
-    return ops.plan_cuda(T, B, D, H, H, P or H, dtype, backward, tf32, device)
+    dtype, tf32 = ARITHMETICS[arithmetic]
+    with force_kernel(family):
+        return ops.plan_cuda(T, B, D, H, H, P or H, dtype, backward, tf32, device)
+
+
+def possible(H: int, B: int = 16, **options: Any) -> dict[str, dict[str, Any]]:
+    """The plans of all families that can run it, forced, by name."""
+    plans = {family: plan(H, B, family=family, **options) for family in FAMILIES}
+    return {family: found for family, found in plans.items() if found["possible"]}
+
+
+def without_reason(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name != "because"}
+
+
+# The rule
 
 
 @BY_DEVICE
-@pytest.mark.parametrize(
-    "dtype, tf32, widest",
-    [
-        (torch.bfloat16, False, 128),
-        (torch.float16, False, 128),
-        (torch.float32, True, 64),
-        (torch.float32, False, 64),
-        (torch.float64, False, 32),
-    ],
-)
-def test_the_family_goes_by_what_fits_in_registers(
-    dtype: torch.dtype, tf32: bool, widest: int, device: CudaDevice
+@BY_ARITHMETIC
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_shortest_estimate_is_chosen(
+    arithmetic: str, backward: bool, device: CudaDevice
 ) -> None:
+    options = {"arithmetic": arithmetic, "backward": backward, "device": device}
+    for H, B, T in itertools.product(HIDDEN, BATCH, STEPS):
+        plans = possible(H, B, T=T, **options)
+        assert all(found["estimated_us"] > 0 for found in plans.values())
+        shortest = min(plans.values(), key=lambda found: found["estimated_us"])
+        chosen = plan(H, B, T=T, **options)
+        assert without_reason(chosen) == without_reason(shortest)
+
+
+# Forward, 512 steps, on an H200: shapes for which the design says which family is fastest, by a
+# margin that leaves room for better constants.
+EXPECTED = [
+    ("bfloat16", 32, 16, "rec_cta"),
+    ("bfloat16", 64, 16, "rec_cta"),
+    ("bfloat16", 64, 256, "rec_cta"),
+    ("bfloat16", 128, 1024, "rec_cta"),
+    ("bfloat16", 192, 16, "rec_cluster"),
+    ("bfloat16", 256, 1, "rec_cluster"),
+    ("bfloat16", 256, 16, "rec_cluster"),
+    ("bfloat16", 256, 64, "rec_cluster"),
+    ("bfloat16", 768, 16, "rec_group"),
+    ("bfloat16", 1024, 16, "rec_group"),
+    ("bfloat16", 1024, 64, "rec_group"),
+    ("bfloat16", 1024, 1024, "rec_step"),
+    ("bfloat16", 2048, 1, "rec_group"),
+    ("bfloat16", 2048, 16, "rec_group"),
+    ("bfloat16", 2048, 512, "rec_step"),
+    ("float16", 256, 16, "rec_cluster"),
+    ("float16", 768, 16, "rec_group"),
+    ("tf32", 32, 16, "rec_cta"),
+    ("tf32", 128, 64, "rec_cluster"),
+    ("tf32", 256, 16, "rec_cluster"),
+    ("tf32", 1024, 16, "rec_group"),
+    ("float32", 32, 16, "rec_cta"),
+    ("float32", 256, 16, "rec_cluster"),
+    ("float32", 512, 16, "rec_group"),
+    ("float32", 1024, 16, "rec_group"),
+    ("float32", 2048, 16, "rec_step"),
+    ("float64", 32, 16, "rec_cta"),
+    ("float64", 64, 16, "rec_step"),
+]
+
+
+@pytest.mark.parametrize("arithmetic, H, B, family", EXPECTED)
+def test_well_known_shapes(arithmetic: str, H: int, B: int, family: str) -> None:
+    assert plan(H, B, arithmetic=arithmetic)["kernel"] == family
+
+
+@pytest.mark.parametrize("H", [200, 384, 700, 1024, 2048])
+def test_few_steps_are_not_worth_loading_all_weights(H: int) -> None:
     for backward in (False, True):
-        for H in (1, 5, 32, widest) if device is not SMALL else ():
-            got = plan(H, dtype=dtype, tf32=tf32, device=device, backward=backward)
-            assert got["kernel"] == "rec_cta" and got["possible"]
-            assert got["padded_hidden"] in (32, 64, 128) and got["padded_hidden"] >= H
-        for H in (widest + 1, 1000, 5000):
-            got = plan(H, dtype=dtype, tf32=tf32, device=device, backward=backward)
-            assert got["kernel"] == "rec_step" and got["possible"]
-            assert "do not fit" in got["because"]
-    if device is SMALL:
-        got = plan(5, dtype=dtype, tf32=tf32, device=device)
-        assert got["kernel"] == "rec_step" and "shared memory" in got["because"]
+        for T in (1, 2):
+            got = plan(H, T=T, backward=backward)
+            assert got["kernel"] == "rec_step" and "few steps" in got["because"]
+        assert plan(H, T=100, backward=backward)["kernel"] in ("rec_cluster", "rec_group")
+
+
+def test_large_products_are_not_worth_keeping_weights() -> None:
+    got = plan(1024, 2048)
+    assert got["kernel"] == "rec_step" and "many rows" in got["because"]
+    got = plan(1024, 2048, T=1)
+    assert got["kernel"] == "rec_step" and "many rows" in got["because"]
+
+
+def test_more_work_never_is_expected_to_take_less() -> None:
+    for family, arithmetic, backward in itertools.product(FAMILIES, ARITHMETICS, (False, True)):
+        for H in (32, 100, 256, 512, 1024):
+            for small, large in (
+                ({"T": 16}, {"T": 17}),
+                ({"B": 16}, {"B": 17}),
+                ({"B": 1000}, {"B": 2000}),
+                ({"D": 1}, {"D": 2}),
+            ):
+                options = {"arithmetic": arithmetic, "backward": backward, "family": family}
+                less, more = plan(H, **{**options, **small}), plan(H, **{**options, **large})
+                assert less["possible"] == more["possible"]
+                if more["possible"]:
+                    assert less["estimated_us"] <= more["estimated_us"] * (1 + 1e-12)
+
+
+def test_half_a_device_takes_longer_for_large_products() -> None:
+    half = CudaDevice(90, 66, 232448)
+    narrow, wide = (("rec_cta", 64), ("rec_cluster", 256)), (("rec_group", 512), ("rec_step", 2048))
+    for family, H in (*narrow, *wide):
+        options = {"family": family, "arithmetic": "float32"}
+        slow, fast = (plan(H, 4096, device=device, **options) for device in (half, H200))
+        assert slow["estimated_us"] > 1.5 * fast["estimated_us"]
+
+
+def test_memory_that_groups_need_zeroed_is_counted() -> None:
+    def before_steps(backward: bool) -> float:
+        options = {"arithmetic": "float32", "family": "rec_group", "backward": backward}
+        one, two = (plan(1000, 2048, T=T, **options)["estimated_us"] for T in (1, 2))
+        return float(2 * one - two)
+
+    # 256 parts, of which each has 4 MiB for sums from 64 blocks.
+    assert before_steps(True) - before_steps(False) > 200
+
+
+def test_nothing_but_the_problem_decides() -> None:
+    for H, B in itertools.product(HIDDEN, BATCH):
+        assert plan(H, B) == plan(H, B, device=dataclasses.replace(H200, index=7))
 
 
 def test_arithmetic_follows_dtype_and_setting() -> None:
-    assert plan(64, dtype=torch.float32)["arithmetic"] == "float32"
-    assert plan(64, dtype=torch.float32, tf32=True)["arithmetic"] == "tf32"
-    for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        for tf32 in (False, True):
-            arithmetic = plan(64, dtype=dtype, tf32=tf32)["arithmetic"]
-            assert arithmetic == str(dtype).removeprefix("torch.")
+    for name, (dtype, _) in ARITHMETICS.items():
+        for H in (16, 200, 700, 3000):
+            assert plan(H, arithmetic=name)["arithmetic"] == name
+            if dtype is not torch.float32:
+                for tf32 in (False, True):
+                    got = ops.plan_cuda(512, 16, 1, H, H, H, dtype, False, tf32, H200)
+                    assert got["arithmetic"] == name
+
+
+# What a family can run
+
+
+@BY_DEVICE
+@BY_ARITHMETIC
+def test_widths(arithmetic: str, device: CudaDevice) -> None:
+    for family in ("rec_cta", "rec_cluster", "rec_group"):
+        widest = WIDEST[family][arithmetic]
+        for H, backward in itertools.product(HIDDEN, (False, True)):
+            options = {"arithmetic": arithmetic, "backward": backward, "family": family}
+            got = plan(H, device=device, **options)
+            if widest < H:
+                assert not got["possible"]
+                expected = "do not fit" if widest else "float64"
+                assert expected in got["because"]
+            elif device is H200:
+                assert got["possible"] and got["because"] == "forced"
+            if got["possible"]:
+                assert H <= got["padded_hidden"] <= widest
+
+
+@BY_DEVICE
+@BY_ARITHMETIC
+@pytest.mark.parametrize("backward", [False, True])
+def test_clusters_and_groups_fit_the_device(
+    arithmetic: str, backward: bool, device: CudaDevice
+) -> None:
+    for H, B, D in itertools.product(HIDDEN, BATCH, (1, 2)):
+        options = {"arithmetic": arithmetic, "backward": backward, "device": device, "D": D}
+        for family in ("rec_cluster", "rec_group"):
+            got = plan(H, B, family=family, **options)
+            if not got["possible"]:
+                continue
+            columns = (8, 16) if arithmetic == "float32" else (8, 16, 32)
+            assert got["columns"] in columns
+            assert got["padded_hidden"] % (8 * got["blocks"]) == 0
+            assert got["warps"] in (8, 12)  # a multiple of the parts of a multiprocessor
+            tiles = -(-B // got["columns"]) * D
+            if family == "rec_cluster":
+                assert got["blocks"] in (2, 4, 8, 16) and "groups" not in got
+                assert device.architecture in (90, 100, 103)
+            else:
+                assert got["padded_hidden"] < 2048 or got["columns"] <= 16
+                assert 1 <= got["groups"] <= tiles
+                assert got["groups"] * got["blocks"] <= device.multiprocessors
+            if B <= 8:
+                assert got["columns"] == 8  # more would multiply padding
+
+
+def test_larger_batches_get_more_columns_before_more_waves() -> None:
+    for family, H in (("rec_cluster", 128), ("rec_cluster", 512), ("rec_group", 512)):
+        columns = [plan(H, B, family=family)["columns"] for B in (8, 16, 64, 100, 400, 800)]
+        assert columns[0] == 8 and 32 in columns
+    # One wave of twice the columns beats two waves.
+    assert plan(512, 64, family="rec_group")["columns"] == 16
+
+
+@BY_ARITHMETIC
+def test_clusters_need_an_architecture_that_has_them(arithmetic: str) -> None:
+    for device in (A100, RTX4090, RTX5090, SMALL):
+        for H, B in itertools.product(HIDDEN, BATCH):
+            assert plan(H, B, arithmetic=arithmetic, device=device)["kernel"] != "rec_cluster"
+            got = plan(H, B, arithmetic=arithmetic, device=device, family="rec_cluster")
+            assert not got["possible"]
+            if WIDEST["rec_cluster"][arithmetic] >= H:
+                assert "compute capability 9.0, 10.0 or 10.3" in got["because"]
+    for architecture in (90, 100, 103):
+        device = CudaDevice(architecture, 132, 232448)
+        expected = arithmetic != "float64"
+        got = plan(100, arithmetic=arithmetic, device=device, family="rec_cluster")
+        assert got["possible"] is expected
+
+
+def test_groups_need_as_many_multiprocessors_as_blocks() -> None:
+    for H in (300, 700, 1000, 2000):
+        blocks = plan(H, family="rec_group")["blocks"]
+        for multiprocessors in (1, blocks - 1, blocks, 2 * blocks - 1, 2 * blocks):
+            device = CudaDevice(90, multiprocessors, 232448)
+            got = plan(H, 64, device=device, family="rec_group")
+            assert got["possible"] is (multiprocessors >= blocks)
+            if got["possible"]:
+                assert got["groups"] == multiprocessors // blocks
+            else:
+                assert "more blocks than the device has multiprocessors" in got["because"]
+
+
+def test_few_multiprocessors_run_clusters_one_by_one() -> None:
+    for multiprocessors in (1, 16, 66, 132):
+        device = CudaDevice(90, multiprocessors, 232448)
+        for H in (100, 256, 400):
+            assert plan(H, 64, device=device, family="rec_cluster")["possible"]
+    few, many = (CudaDevice(90, n, 232448) for n in (16, 132))
+    assert (
+        plan(512, 64, device=few, family="rec_cluster")["estimated_us"]
+        > plan(512, 64, device=many, family="rec_cluster")["estimated_us"]
+    )
+
+
+@pytest.mark.parametrize("family", ["rec_cta", "rec_cluster", "rec_group"])
+def test_shared_memory(family: str) -> None:
+    before = None
+    for shared_bytes in range(0, 232448 + 1, 4096):
+        got = plan(100, 200, device=CudaDevice(90, 132, shared_bytes), family=family)
+        if not got["possible"]:
+            assert got["because"] == f"{family} needs more shared memory than the device has"
+        assert before is None or got["possible"] >= before  # more is never worse
+        before = got["possible"]
+    got = plan(100, 200, device=CudaDevice(90, 132, 16384), family="rec_step")
+    assert not got["possible"] and got["because"] == "the device has too little shared memory"
+
+
+def test_less_shared_memory_leaves_groups_fewer_columns() -> None:
+    def most_columns(device: CudaDevice, arithmetic: str) -> int:
+        options = {"device": device, "arithmetic": arithmetic, "family": "rec_group"}
+        return max(plan(512, B, **options)["columns"] for B in BATCH)
+
+    assert most_columns(H200, "bfloat16") == most_columns(H200, "tf32") == 32
+    assert most_columns(A100, "bfloat16") == 32 and most_columns(A100, "tf32") == 16
+    assert most_columns(RTX4090, "bfloat16") == most_columns(RTX4090, "tf32") == 16
+    # The widest keep a part of their weights in shared memory.
+    for device, arithmetic, widest in (
+        (H200, "bfloat16", 2048),
+        (RTX4090, "bfloat16", 1024),
+        (H200, "float32", 1024),
+        (RTX4090, "float32", 512),
+    ):
+        options = {"device": device, "arithmetic": arithmetic, "family": "rec_group"}
+        assert plan(widest, **options)["possible"]
+        assert not plan(widest + 1, **options)["possible"]
 
 
 def test_projected_layers_take_steps() -> None:
     got = plan(32, P=16)
     assert got["kernel"] == "rec_step" and got["because"] == "rec_cta has no projection"
+    for family in ("rec_cta", "rec_cluster", "rec_group"):
+        got = plan(32, P=16, family=family)
+        assert not got["possible"] and got["because"] == f"{family} has no projection"
+
+
+@pytest.mark.parametrize("family", ["rec_cta", "rec_cluster", "rec_group"])
+def test_counts_stay_within_32_bits(family: str) -> None:
+    huge = 2**60
+    for options in ({"T": 2**31}, {"T": huge}, {"B": 2**36}, {"B": huge}, {"B": 2**34, "D": 64}):
+        got = plan(32, **{"family": family, **options})
+        assert not got["possible"]
+        assert got["because"] == f"more steps or rows than {family} counts"
+    got = plan(32, **{"T": huge, "B": 2**50})
+    assert got["kernel"] == "rec_step" and got["estimated_us"] > 0
+    assert plan(32, 2**22, T=2**30, D=64, family=family)["possible"]
+
+
+@BY_DEVICE
+def test_empty_batches_and_sequences_have_plans_too(device: CudaDevice) -> None:
+    for H, T, B, family in itertools.product(HIDDEN, (0, 5), (0, 5), ("", *FAMILIES)):
+        got = plan(H, B, T=T, device=device, family=family)
+        assert got["possible"] == plan(H, 8, T=8, device=device, family=family)["possible"]
 
 
 @BY_DEVICE
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("H", [129, 512, 2048])
 @pytest.mark.parametrize("B", [1, 16, 17, 64, 100, 256, 4096])
-def test_tiles_fit_the_device(H: int, B: int, backward: bool, device: CudaDevice) -> None:
-    tile = plan(H, B, backward=backward, device=device)["tile"]
+def test_tiles_of_steps_fit_the_device(H: int, B: int, backward: bool, device: CudaDevice) -> None:
+    tile = plan(H, B, backward=backward, device=device, family="rec_step")["tile"]
     assert TILE_BYTES[tile] <= device.shared_bytes
     if B <= 16:
         assert tile == "small"  # a larger one would multiply padding
 
 
-def test_tiles_grow_with_the_work() -> None:
-    assert plan(1024, 64)["tile"] == "medium"
-    assert plan(2048, 256)["tile"] == "large"
-    assert plan(2048, 256, dtype=torch.float64)["tile"] == "medium"
-    assert plan(2048, 256, device=SMALL)["tile"] == "small"
+def test_tiles_of_steps_grow_with_the_work() -> None:
+    def tile(H: int, B: int, **options: Any) -> str:
+        return str(plan(H, B, family="rec_step", **options)["tile"])
+
+    assert tile(1024, 64) == "medium"
+    assert tile(2048, 256) == "large"
+    assert tile(2048, 256, arithmetic="float64") == "medium"
+    assert tile(2048, 256, device=SMALL) == "small"
 
 
 def test_launches_overlap_where_the_device_can() -> None:
     for device in DEVICES.values():
-        assert plan(512, device=device)["launches_overlap"] == (device.architecture >= 90)
+        got = plan(512, device=device, family="rec_step")
+        assert got["launches_overlap"] == (device.architecture >= 90)
 
 
 def test_a_device_that_is_too_old() -> None:
-    got = plan(512, device=CudaDevice(75, 40, 65536))
-    assert not got["possible"] and "8.0" in got["because"]
+    for family in ("", *FAMILIES):
+        got = plan(512, device=CudaDevice(75, 40, 65536), family=family)
+        assert not got["possible"] and "8.0" in got["because"]
+
+
+def test_the_reason_for_steps_is_the_one_that_counts() -> None:
+    # Wide layers: that no family is wide enough, not that the first is not.
+    assert plan(5000)["because"] == "the weights do not fit the blocks of a group"
+    # Narrow ones: what the device lacks.
+    assert "shared memory" in plan(5, device=SMALL)["because"]
+    got = plan(1000, device=CudaDevice(89, 40, 101376))
+    assert got["kernel"] == "rec_step" and "multiprocessors" in got["because"]
+
+
+# Requests
 
 
 def test_forcing() -> None:
     assert plan(64)["kernel"] == "rec_cta"
     with force_kernel("rec_step"):
-        got = plan(64)
+        got = ops.plan_cuda(512, 16, 1, 64, 64, 64, torch.bfloat16, False, False, H200)
         assert got["kernel"] == "rec_step" and got["possible"] and got["because"] == "forced"
-        with force_kernel("rec_cta"):
-            got = plan(1000)
-            assert got["kernel"] == "rec_cta" and not got["possible"]
-            assert "do not fit" in got["because"]
-        with force_kernel(""):
-            assert plan(64)["kernel"] == "rec_cta"
-        assert plan(64)["kernel"] == "rec_step"
+    for family in FAMILIES:
+        got = plan(64, family=family)
+        assert got["kernel"] == family and got["possible"] and got["because"] == "forced"
+    got = plan(3000, family="rec_cta")
+    assert got["kernel"] == "rec_cta" and not got["possible"]
+    assert "do not fit" in got["because"]
+    with force_kernel("rec_step"):
+        with force_kernel("rec_group"):
+            assert ops._C.forced_kernel() == "rec_group"
+            with force_kernel(""):
+                assert ops._C.forced_kernel() == ""
+        assert ops._C.forced_kernel() == "rec_step"
     assert plan(64)["kernel"] == "rec_cta"
     with (
-        pytest.raises(ValueError, match="rec_cta, rec_step; got 'rec_best'"),
+        pytest.raises(ValueError, match=f"{', '.join(FAMILIES)}; got 'rec_best'"),
         force_kernel("rec_best"),
     ):
         pass
@@ -133,7 +430,7 @@ def test_forcing() -> None:
 
 def test_forcing_by_environment() -> None:
     code = "from lstm_cuda import ops; print(ops._C.forced_kernel())"
-    for name, expected in (("rec_step", "rec_step"), ("", "")):
+    for name, expected in (("rec_step", "rec_step"), ("rec_group", "rec_group"), ("", "")):
         environment = {**os.environ, "LSTM_CUDA_KERNEL": name}
         run = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True
@@ -144,3 +441,37 @@ def test_forcing_by_environment() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert run.returncode != 0 and "LSTM_CUDA_KERNEL must be one of" in run.stderr
+
+
+@pytest.fixture
+def device_63() -> CudaDevice:
+    """A device of no machine: refusals are remembered for the rest of the process."""
+    return dataclasses.replace(H200, index=63)
+
+
+def test_a_family_that_could_not_be_launched_makes_way(device_63: CudaDevice) -> None:
+    # In an order in which each is still the choice: refusals are never forgotten.
+    for H, refused, following in (
+        (256, "rec_cluster", "rec_group"),
+        (256, "rec_group", "rec_step"),
+        (64, "rec_cta", "rec_step"),
+    ):
+        other = dataclasses.replace(device_63, index=device_63.index - 1)
+        before = plan(H, device=device_63)
+        assert before["kernel"] == refused
+        ops._C.remember_refusal(63, refused)
+        after = plan(H, device=device_63)
+        assert after["kernel"] == following and after["possible"]
+        assert after["because"].endswith("could not be launched on this device")
+        forced = plan(H, device=device_63, family=refused)
+        assert not forced["possible"]
+        assert forced["because"] == f"{refused} could not be launched on this device"
+        assert plan(64, device=other)["kernel"] == "rec_cta"  # another device is not concerned
+    # Where a refused family would not have been chosen, nothing is said of it.
+    assert "few steps" in plan(512, T=1, device=device_63)["because"]
+    assert "many rows" in plan(1024, 4096, device=device_63)["because"]
+    # Nothing is left to make way for.
+    ops._C.remember_refusal(63, "rec_step")
+    assert plan(64, device=device_63)["kernel"] == "rec_step"
+    with pytest.raises(ValueError, match="rec_best"):
+        ops._C.remember_refusal(63, "rec_best")

@@ -37,4 +37,13 @@ Status cuda_device(int index, CudaDevice& device) {
   return status;
 }
 
+bool capturing(Stream stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &capture) == cudaSuccess)
+    return capture != cudaStreamCaptureStatusNone;
+  // The default stream cannot say, because another one is being captured, which must not wait for it.
+  (void)cudaGetLastError();
+  return true;
+}
+
 }  // namespace lstm_cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "../cell.h"
@@ -9,6 +10,9 @@
 #include "ptx.cuh"
 
 namespace lstm_cuda {
+
+LSTM_DEVICE int lane() { return int(ptx::thread_index() % 32); }
+LSTM_DEVICE int warp() { return int(ptx::thread_index() / 32); }
 
 // Element: how tensors are stored. Compute: sums, cell state, pre-activations in registers.
 template <Arithmetic>
@@ -49,6 +53,26 @@ LSTM_DEVICE Element to_element(float v) {
     return __float2half_rn(v);
   else
     return __float2bfloat16_rn(v);
+}
+
+// Two values in one register as products read them, the first in the lower half; and back.
+template <Arithmetic arithmetic>
+LSTM_DEVICE uint32_t packed(float first, float second) {
+  uint32_t bits;
+  if constexpr (arithmetic == Arithmetic::bfloat16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    std::memcpy(&bits, &pair, 4);
+  } else {
+    const __half2 pair = __floats2half2_rn(first, second);
+    std::memcpy(&bits, &pair, 4);
+  }
+  return bits;
+}
+
+template <class Element>
+LSTM_DEVICE void halves(uint32_t bits, Element (&both)[2]) {
+  static_assert(sizeof(Element) == 2);
+  std::memcpy(static_cast<void*>(both), &bits, 4);
 }
 
 // A value as products read it.

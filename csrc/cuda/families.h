@@ -48,6 +48,13 @@ struct RecurrenceBackward {
   void* dc0;          // [D, B, H] Element, or null
 };
 
+// The weights of families rec_cluster and rec_group, as pack.h makes them.
+struct PackedWeights {
+  const void* fragments;  // see resident.h
+  const float* unscale;   // forward: [D][4][padded H], what turns a row's sums into true ones;
+                          // backward: [D][blocks][padded H]. All 1 for float16 and bfloat16
+};
+
 // Each returns as soon as the work is on the stream. T and B are at least 1. `scratch` is device
 // memory of at least the size that the plan names (uninitialised, aligned to 256 bytes).
 int64_t rec_step_scratch(const LayerShape& shape, const CudaPlan& plan, bool backward);
@@ -59,5 +66,20 @@ Status rec_step_backward(const RecurrenceBackward& p, const CudaPlan& plan, void
 // Takes no scratch memory.
 Status rec_cta_forward(const RecurrenceForward& p, const CudaPlan& plan, Stream stream);
 Status rec_cta_backward(const RecurrenceBackward& p, const CudaPlan& plan, Stream stream);
+
+// No projection. Products of the initial state are not theirs: forward finds h0 w_hh^T in the
+// gates_x of each row's first step, unless that is fresh (h0 itself is needed for h_n); backward
+// leaves dh0 alone. See operands.h.
+Status rec_cluster_forward(const RecurrenceForward& p, const CudaPlan& plan,
+                           const PackedWeights& weights, Stream stream);
+Status rec_cluster_backward(const RecurrenceBackward& p, const CudaPlan& plan,
+                            const PackedWeights& weights, Stream stream);
+
+// The same. `words` is memory of rec_group_words bytes, zeroed on the stream before.
+int64_t rec_group_words(const LayerShape& shape, const CudaPlan& plan, bool backward);
+Status rec_group_forward(const RecurrenceForward& p, const CudaPlan& plan,
+                         const PackedWeights& weights, void* words, Stream stream);
+Status rec_group_backward(const RecurrenceBackward& p, const CudaPlan& plan,
+                          const PackedWeights& weights, void* words, Stream stream);
 
 }  // namespace lstm_cuda

@@ -8,6 +8,8 @@
 
 #if !defined(LSTM_EMULATE)
 #include <cuda_runtime.h>
+
+#include <mutex>
 #endif
 
 namespace lstm_cuda {
@@ -23,7 +25,7 @@ struct LaunchShape {
   const char* kernel;  // its name in messages
   unsigned blocks, threads;
   std::size_t shared_bytes = 0;
-  unsigned cluster = 1;
+  unsigned cluster = 1;      // blocks that run together; above 8 not every device can
   bool cooperative = false;  // all blocks must be resident together
   bool overlap = false;  // may start before its predecessor ends; the kernel then waits by itself
 };
@@ -39,34 +41,47 @@ namespace lstm_cuda {
 using Stream = cudaStream_t;
 
 inline Status refused(const LaunchShape& shape, cudaError_t error) {
+  char cluster[32] = "";
+  if (shape.cluster > 1)
+    std::snprintf(cluster, sizeof cluster, " in clusters of %u", shape.cluster);
   Status status;
   std::snprintf(
       status.message, sizeof status.message,
-      "the launch of %s (%u blocks of %u threads, %zu bytes of shared memory%s) failed: %s",
-      shape.kernel, shape.blocks, shape.threads, shape.shared_bytes,
+      "the launch of %s (%u blocks of %u threads%s, %zu bytes of shared memory%s) failed: %s",
+      shape.kernel, shape.blocks, shape.threads, cluster, shape.shared_bytes,
       shape.cooperative ? ", cooperative" : "", cudaGetErrorString(error));
   return status;
+}
+
+// Lets the kernel have as much of something as `value`, where the driver must be asked. It is asked
+// once for each kernel and device: that costs half of a launch.
+template <auto kernel, cudaFuncAttribute attribute>
+cudaError_t grant(int value) {
+  static std::atomic<int> granted[64] = {};
+  static std::mutex mutex;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  std::atomic<int>& known = granted[device & 63];
+  if (error != cudaSuccess || known >= value) return error;
+  const std::lock_guard lock(mutex);  // nobody may lower what another thread has just been granted
+  if (known >= value) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, attribute, value);
+  if (error == cudaSuccess) known = value;
+  return error;
 }
 
 // Runs kernel(params) on the stream. Safe while the stream is being captured.
 template <auto kernel, class Params>
 Status launch(const LaunchShape& shape, const Params& params, Stream stream) {
   if (shape.blocks == 0) return {};
-  if (shape.shared_bytes > 48 * 1024) {  // more than a kernel gets without asking
-    // Asked once for each kernel and device: it would cost half of a launch.
-    static std::atomic<int> granted[64] = {};
-    int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    std::atomic<int>& known = granted[device & 63];
-    if (error == cudaSuccess && known < int(shape.shared_bytes)) {
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   int(shape.shared_bytes));
-      if (error == cudaSuccess) known = int(shape.shared_bytes);
-    }
-    if (error != cudaSuccess) {
-      (void)cudaGetLastError();
-      return refused(shape, error);
-    }
+  cudaError_t error = cudaSuccess;
+  if (shape.shared_bytes > 48 * 1024)
+    error = grant<kernel, cudaFuncAttributeMaxDynamicSharedMemorySize>(int(shape.shared_bytes));
+  if (error == cudaSuccess && shape.cluster > 8)
+    error = grant<kernel, cudaFuncAttributeNonPortableClusterSizeAllowed>(1);
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();  // as below
+    return refused(shape, error);
   }
   cudaLaunchAttribute attributes[3];
   unsigned count = 0;
@@ -91,7 +106,7 @@ Status launch(const LaunchShape& shape, const Params& params, Stream stream) {
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = count;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, params);
+  error = cudaLaunchKernelEx(&config, kernel, params);
   if (error == cudaSuccess) return {};
   (void)cudaGetLastError();  // reported here: it must not surface at somebody else's next call
   return refused(shape, error);

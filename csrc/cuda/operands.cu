@@ -119,6 +119,65 @@ cell_outputs_kernel(LSTM_PARAMETER CellOutputs p) {
   });
 }
 
+// True if the initial state of row b reaches a step, its first.
+LSTM_DEVICE bool initial_state_used(const Schedule& schedule, int64_t b) {
+  return schedule.length(b) > 0 && !schedule.fresh(schedule.first(b), b);
+}
+
+// What the three kernels below read and write.
+struct FirstSteps {
+  LayerShape shape;
+  const void* from;
+  const int64_t* lengths;
+  const uint8_t* reset;
+  void* to;
+};
+
+template <Arithmetic a>
+LSTM_KERNEL(kThreads)
+add_initial_product_kernel(LSTM_PARAMETER FirstSteps p) {
+  using Element = typename Types<a>::Element;
+  const int64_t B = p.shape.B, D = p.shape.D, G = 4 * p.shape.H;
+  each(D * B * G, [&](int64_t index) {
+    const int64_t j = index % G, b = index / G % B, d = index / (G * B);
+    const Schedule schedule = schedule_of(p.shape, d, p.lengths, p.reset);
+    if (!initial_state_used(schedule, b)) return;
+    Element& gate = static_cast<Element*>(p.to)[((schedule.first(b) * B + b) * D + d) * G + j];
+    gate = to_element<Element>(to_compute(gate) +
+                               to_compute(static_cast<const Element*>(p.from)[index]));
+  });
+}
+
+template <Arithmetic a>
+LSTM_KERNEL(kThreads)
+first_dgates_kernel(LSTM_PARAMETER FirstSteps p) {
+  using Element = typename Types<a>::Element;
+  const int64_t B = p.shape.B, D = p.shape.D, G = 4 * p.shape.H;
+  each(D * B * G, [&](int64_t index) {
+    const int64_t j = index % G, b = index / G % B, d = index / (G * B);
+    const Schedule schedule = schedule_of(p.shape, d, p.lengths, p.reset);
+    Element v = to_element<Element>(typename Types<a>::Compute(0));
+    if (initial_state_used(schedule, b))
+      v = static_cast<const Element*>(p.from)[((schedule.first(b) * B + b) * D + d) * G + j];
+    static_cast<Element*>(p.to)[index] = v;
+  });
+}
+
+template <Arithmetic a>
+LSTM_KERNEL(kThreads)
+finish_dh0_kernel(LSTM_PARAMETER FirstSteps p) {
+  using Element = typename Types<a>::Element;
+  const int64_t B = p.shape.B, D = p.shape.D, P = p.shape.P;
+  each(D * B * P, [&](int64_t index) {
+    const int64_t b = index / P % B, d = index / (P * B);
+    const Schedule schedule = schedule_of(p.shape, d, p.lengths, p.reset);
+    if (initial_state_used(schedule, b)) return;
+    Element v = to_element<Element>(typename Types<a>::Compute(0));
+    if (schedule.length(b) == 0 && p.from) v = static_cast<const Element*>(p.from)[index];
+    static_cast<Element*>(p.to)[index] = v;
+  });
+}
+
 // Calls start<arithmetic>() for a dtype; no products are made here, so float32 has one.
 template <class Start>
 Status by_dtype(Dtype dtype, Start start) {
@@ -169,6 +228,34 @@ Status cell_outputs(const LayerShape& shape, const void* gates, const void* c,
   return by_dtype(shape.dtype, [&]<Arithmetic a>() {
     return launch<cell_outputs_kernel<a>>(
         grid_for("cell_outputs", shape.T * shape.B * shape.D * shape.H), p, stream);
+  });
+}
+
+Status add_initial_product(const LayerShape& shape, const void* product, const int64_t* lengths,
+                           const uint8_t* reset, void* gates, Stream stream) {
+  const FirstSteps p{shape, product, lengths, reset, gates};
+  return by_dtype(shape.dtype, [&]<Arithmetic a>() {
+    return launch<add_initial_product_kernel<a>>(
+        grid_for("add_initial_product", shape.D * shape.B * 4 * shape.H), p, stream);
+  });
+}
+
+Status first_dgates(const LayerShape& shape, const void* dgates, const int64_t* lengths,
+                    const uint8_t* reset, void* to, Stream stream) {
+  const FirstSteps p{shape, dgates, lengths, reset, to};
+  return by_dtype(shape.dtype, [&]<Arithmetic a>() {
+    return launch<first_dgates_kernel<a>>(grid_for("first_dgates", shape.D * shape.B * 4 * shape.H),
+                                          p, stream);
+  });
+}
+
+Status finish_dh0(const LayerShape& shape, const void* dh_n, const int64_t* lengths,
+                  const uint8_t* reset, void* dh0, Stream stream) {
+  if (!lengths && !reset) return {};  // every row has a first step that the initial state reaches
+  const FirstSteps p{shape, dh_n, lengths, reset, dh0};
+  return by_dtype(shape.dtype, [&]<Arithmetic a>() {
+    return launch<finish_dh0_kernel<a>>(grid_for("finish_dh0", shape.D * shape.B * shape.P), p,
+                                        stream);
   });
 }
 

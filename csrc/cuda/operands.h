@@ -23,4 +23,20 @@ Status copy_previous_h(const LayerShape& shape, const void* y, const void* h0,
 Status cell_outputs(const LayerShape& shape, const void* gates, const void* c,
                     const int64_t* lengths, void* to, Stream stream);
 
+// Products of the initial state, which families rec_cluster and rec_group leave to others.
+
+// gates[T, B, D, 4H] += product [D, B, 4H], in each row's first step, unless no state crosses into that.
+Status add_initial_product(const LayerShape& shape, const void* product, const int64_t* lengths,
+                           const uint8_t* reset, void* gates, Stream stream);
+
+// to[D, B, 4H] = dgates [T, B, D, 4H] of each row's first step, or zeros where no state crosses into
+// that, or there is none.
+Status first_dgates(const LayerShape& shape, const void* dgates, const int64_t* lengths,
+                    const uint8_t* reset, void* to, Stream stream);
+
+// dh0[D, B, P] of rows that it does not reach through a product: dh_n (null: zeros) where a row has no
+// steps, zeros where no state crosses into its first step. Other rows are left alone.
+Status finish_dh0(const LayerShape& shape, const void* dh_n, const int64_t* lengths,
+                  const uint8_t* reset, void* dh0, Stream stream);
+
 }  // namespace lstm_cuda

@@ -1,11 +1,13 @@
 #include "plan.h"
 
-#include <algorithm>
+#include <span>
+
+#include "plan_model.h"
 
 namespace lstm_cuda {
 namespace {
 
-int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+using model::ceil_div;
 
 Arithmetic arithmetic_of(Dtype dtype, bool allow_tf32) {
   switch (dtype) {
@@ -19,6 +21,37 @@ Arithmetic arithmetic_of(Dtype dtype, bool allow_tf32) {
       return Arithmetic::bfloat16;
   }
 }
+
+// What is said of a family: why it was chosen, and why not.
+struct Words {
+  const char *name, *chosen, *refused, *projected, *wide, *shared, *counts;
+};
+constexpr Words kWords[] = {
+    {"rec_cta", "the weights fit the registers of one block",
+     "rec_cta could not be launched on this device", "rec_cta has no projection",
+     "the weights do not fit the registers of one block",
+     "rec_cta needs more shared memory than the device has",
+     "more steps or rows than rec_cta counts"},
+    {"rec_cluster", "the weights fit the registers of a cluster",
+     "rec_cluster could not be launched on this device", "rec_cluster has no projection",
+     "the weights do not fit the registers of a cluster",
+     "rec_cluster needs more shared memory than the device has",
+     "more steps or rows than rec_cluster counts"},
+    {"rec_group", "the weights fit the blocks of a group",
+     "rec_group could not be launched on this device", "rec_group has no projection",
+     "the weights do not fit the blocks of a group",
+     "rec_group needs more shared memory than the device has",
+     "more steps or rows than rec_group counts"},
+    {"rec_step", nullptr, "rec_step could not be launched on this device", nullptr, nullptr,
+     "the device has too little shared memory", nullptr}};
+const Words& words(Family family) { return kWords[int(family)]; }
+
+// Where rec_step is chosen though others could run the layer.
+constexpr const char* kFewSteps =
+    "so few steps that loading all weights at first would take longer";
+constexpr int64_t kLong = 1 << 20;  // steps
+constexpr const char* kManyRows =
+    "so many rows that reading the weights at every step costs little";
 
 // The widest H of rec_cta, so that its weights stay in the registers of one block.
 int64_t widest_cta(Arithmetic arithmetic) {
@@ -35,44 +68,125 @@ int64_t widest_cta(Arithmetic arithmetic) {
 
 int padded_hidden(int64_t H) { return H <= 32 ? 32 : H <= 64 ? 64 : 128; }
 
+// The compiled shape that holds H; null if there is none.
+const ResidentShape* resident_shape(Family family, Arithmetic arithmetic, int64_t H) {
+  using Shapes = std::span<const ResidentShape>;
+  const bool exact = parts_of(arithmetic) == 2;
+  const Shapes shapes = family == Family::rec_cluster
+                            ? (exact ? Shapes(kClusterShapesExact) : Shapes(kClusterShapes))
+                            : (exact ? Shapes(kGroupShapesExact) : Shapes(kGroupShapes));
+  const auto found = std::find_if(shapes.begin(), shapes.end(),
+                                  [H](const ResidentShape& each) { return H <= each.hidden; });
+  return found == shapes.end() ? nullptr : &*found;
+}
+
+bool has_clusters(const CudaDevice& device) {
+  return device.architecture == 90 || device.architecture == 100 || device.architecture == 103;
+}
+
 // The largest tile that still gives most multiprocessors a block; padding of a small batch costs
 // more than it saves.
 StepTile step_tile(const LayerShape& s, const CudaDevice& device, Arithmetic arithmetic,
                    bool backward) {
   const int64_t rows = backward ? s.H : 4 * s.H;
   const auto blocks = [&](int64_t tile_rows, int64_t columns) {
-    return ceil_div(rows, tile_rows) * ceil_div(s.B, columns) * s.D;
+    return double(ceil_div(rows, tile_rows)) * double(ceil_div(s.B, columns) * s.D);
   };
   const auto fits = [&](StepTile tile) { return device.shared_bytes >= step_shared_bytes(tile); };
   if (fits(StepTile::large) && arithmetic != Arithmetic::float64 && s.B > 32 &&
-      blocks(128, 64) * 4 >= 3 * int64_t(device.multiprocessors))
+      blocks(128, 64) * 4 >= 3.0 * device.multiprocessors)
     return StepTile::large;
   if (fits(StepTile::medium) && s.B > 16 && 2 * blocks(64, 32) >= device.multiprocessors)
     return StepTile::medium;
   return StepTile::small;
+}
+int columns_of(StepTile tile) {
+  return tile == StepTile::small ? 16 : tile == StepTile::medium ? 32 : 64;
+}
+
+// Why rec_cluster or rec_group cannot run it; null if it can.
+const char* why_not_resident(Family family, const LayerShape& s, Arithmetic arithmetic,
+                             const CudaDevice& device) {
+  if (arithmetic == Arithmetic::float64) return "only rec_cta and rec_step multiply in float64";
+  const ResidentShape* const shape = resident_shape(family, arithmetic, s.H);
+  if (!shape) return words(family).wide;
+  if (family == Family::rec_cluster && !has_clusters(device))
+    return "rec_cluster needs compute capability 9.0, 10.0 or 10.3";
+  if (family == Family::rec_group && device.multiprocessors < shape->blocks)
+    return "a group has more blocks than the device has multiprocessors";
+  if (device.shared_bytes < resident_shared_bytes(family, arithmetic, *shape, 1))
+    return words(family).shared;
+  if (ceil_div(s.B, 8) > kMostOfCta / (s.D * shape->blocks)) return words(family).counts;
+  return nullptr;
 }
 
 // Why the family cannot run it; null if it can.
 const char* why_not(Family family, const LayerShape& s, Arithmetic arithmetic,
                     const CudaDevice& device) {
   if (device.architecture < 80) return "the device is older than compute capability 8.0";
-  if (family == Family::rec_step) {
-    if (device.shared_bytes < step_shared_bytes(StepTile::small))
-      return "the device has too little shared memory";
-    return nullptr;
-  }
-  if (s.projected) return "rec_cta has no projection";
-  if (s.H > widest_cta(arithmetic)) return "the weights do not fit the registers of one block";
-  if (device.shared_bytes < kCtaSharedBytes)
-    return "rec_cta needs more shared memory than the device has";
-  if (s.T > kMostOfCta || ceil_div(s.B, 8) * s.D > kMostOfCta)
-    return "more steps or rows than rec_cta counts";
+  if (family == Family::rec_step)
+    return device.shared_bytes < step_shared_bytes(StepTile::small) ? words(family).shared
+                                                                    : nullptr;
+  if (s.projected) return words(family).projected;
+  if (s.T > kMostOfCta) return words(family).counts;
+  if (family != Family::rec_cta) return why_not_resident(family, s, arithmetic, device);
+  if (s.H > widest_cta(arithmetic)) return words(family).wide;
+  if (device.shared_bytes < kCtaSharedBytes) return words(family).shared;
+  if (ceil_div(s.B, 8) > kMostOfCta / s.D) return words(family).counts;
   return nullptr;
+}
+
+// The plan's part that only rec_cluster and rec_group have: as many column tiles as make the
+// recurrence shortest, of equal ones the fewest.
+void choose_tiles(CudaPlan& plan, const LayerShape& s, bool backward, const CudaDevice& device) {
+  plan.resident = *resident_shape(plan.family, plan.arithmetic, s.H);
+  const int most = most_tiles(plan.arithmetic, plan.resident);
+  for (int tiles = 1; tiles <= most; tiles *= 2) {
+    if (device.shared_bytes <
+        resident_shared_bytes(plan.family, plan.arithmetic, plan.resident, tiles))
+      break;
+    int groups = 0;
+    double us;
+    if (plan.family == Family::rec_group) {
+      groups = int(std::clamp<int64_t>(ceil_div(s.B, 8 * tiles) * s.D, 1,
+                                       device.multiprocessors / plan.resident.blocks));
+      us = model::group_us(s, plan.arithmetic, plan.resident, tiles, groups, backward, device);
+    } else {
+      us = model::cluster_us(s, plan.arithmetic, plan.resident, tiles, backward, device);
+    }
+    if (tiles > 1 && us >= plan.estimated_us) continue;
+    plan.column_tiles = tiles;
+    plan.groups = groups;
+    plan.estimated_us = us;
+  }
+}
+
+// The plan for a family, forced or not; where it cannot run the layer the reason says why.
+CudaPlan plan_family(Family family, const LayerShape& s, Arithmetic arithmetic, bool backward,
+                     const CudaDevice& device) {
+  CudaPlan plan{};
+  plan.family = family;
+  plan.arithmetic = arithmetic;
+  plan.reason = why_not(family, s, arithmetic, device);
+  plan.possible = !plan.reason;
+  if (!plan.possible) return plan;
+  plan.reason = words(family).chosen;
+  if (family == Family::rec_cta) {
+    plan.padded_hidden = padded_hidden(s.H);
+    plan.estimated_us = model::cta_us(s, arithmetic, plan.padded_hidden, backward, device);
+  } else if (family == Family::rec_step) {
+    plan.tile = step_tile(s, device, arithmetic, backward);
+    plan.overlap = device.architecture >= 90;
+    plan.estimated_us = model::launches_us(s, arithmetic, columns_of(plan.tile), backward, device);
+  } else {
+    choose_tiles(plan, s, backward, device);
+  }
+  return plan;
 }
 
 }  // namespace
 
-const char* name_of(Family family) { return family == Family::rec_cta ? "rec_cta" : "rec_step"; }
+const char* name_of(Family family) { return words(family).name; }
 
 const char* name_of(Arithmetic arithmetic) {
   switch (arithmetic) {
@@ -94,26 +208,81 @@ const char* name_of(StepTile tile) {
 }
 
 CudaPlan plan_cuda(const LayerShape& shape, const CudaRequest& request, const CudaDevice& device) {
-  CudaPlan plan{};
-  plan.arithmetic = arithmetic_of(shape.dtype, request.allow_tf32);
-  const auto obstacle = [&](Family family) {
-    if (request.refused >> int(family) & 1) return "rec_cta could not be launched on this device";
-    return why_not(family, shape, plan.arithmetic, device);
+  const Arithmetic arithmetic = arithmetic_of(shape.dtype, request.allow_tf32);
+  const auto refused = [&](Family family) { return (request.refused >> int(family) & 1) != 0; };
+  const auto plan_for = [&](Family family) {
+    return plan_family(family, shape, arithmetic, request.backward, device);
   };
-  const char* const not_cta = obstacle(Family::rec_cta);
-  plan.family = request.forced >= 0 ? Family(request.forced)
-                : not_cta           ? Family::rec_step
-                                    : Family::rec_cta;
-  plan.reason = obstacle(plan.family);
-  plan.possible = !plan.reason;
-  if (plan.possible)
-    plan.reason = request.forced >= 0 ? "forced"
-                  : not_cta           ? not_cta
-                                      : "the weights fit the registers of one block";
-  plan.tile = step_tile(shape, device, plan.arithmetic, request.backward);
-  plan.overlap = device.architecture >= 90;
-  plan.padded_hidden = padded_hidden(shape.H);
-  return plan;
+  if (request.forced >= 0) {
+    CudaPlan plan = plan_for(Family(request.forced));
+    if (plan.possible && refused(plan.family)) {
+      plan.possible = false;
+      plan.reason = words(plan.family).refused;
+    } else if (plan.possible) {
+      plan.reason = "forced";
+    }
+    return plan;
+  }
+
+  // Of equal estimates, the family that is named first.
+  CudaPlan best{}, ideal{};  // of what may be launched here; of all that could run it
+  const char* obstacle = nullptr;
+  bool only_width = true, others = false;
+  for (Family family : kFamilies) {
+    const CudaPlan plan = plan_for(family);
+    if (!plan.possible) {
+      if (family == Family::rec_step) return plan;  // then nothing runs it
+      // Wider families follow, so a layer's width is an obstacle only in the last of them.
+      if (only_width) obstacle = plan.reason;
+      only_width = only_width && plan.reason == words(family).wide;
+      continue;
+    }
+    others |= family != Family::rec_step;
+    if (!ideal.possible || plan.estimated_us < ideal.estimated_us) ideal = plan;
+    // There is nothing to make way for rec_step, so it never does.
+    if (refused(family) && family != Family::rec_step) continue;
+    if (!best.possible || plan.estimated_us < best.estimated_us) best = plan;
+  }
+  if (best.family != ideal.family) {
+    best.reason = words(ideal.family).refused;
+  } else if (best.family == Family::rec_step) {
+    LayerShape longer = shape;
+    longer.T = kLong;
+    CudaRequest anything = request;
+    anything.refused = 0;
+    best.reason = !others ? obstacle
+                  : shape.T < kLong && plan_cuda(longer, anything, device).family != best.family
+                      ? kFewSteps
+                      : kManyRows;
+  }
+  return best;
+}
+
+int64_t packed_layout(const CudaPlan& plan) {
+  if (plan.family != Family::rec_cluster && plan.family != Family::rec_group) return 0;
+  const ResidentShape& shape = plan.resident;
+  return ((int64_t(shape.hidden) * 256 + shape.blocks) * 16 + int64_t(plan.family)) * 16 +
+         int64_t(plan.arithmetic);
+}
+
+bool plan_of_layout(int64_t layout, CudaPlan& plan) {
+  for (Family family : {Family::rec_cluster, Family::rec_group}) {
+    for (Arithmetic arithmetic :
+         {Arithmetic::float32, Arithmetic::tf32, Arithmetic::float16, Arithmetic::bfloat16}) {
+      plan = {};
+      plan.possible = true;
+      plan.family = family;
+      plan.arithmetic = arithmetic;
+      for (int64_t hidden = 1;;) {
+        const ResidentShape* const shape = resident_shape(family, arithmetic, hidden);
+        if (!shape) break;
+        plan.resident = *shape;
+        if (packed_layout(plan) == layout) return true;
+        hidden = shape->hidden + 1;
+      }
+    }
+  }
+  return false;
 }
 
 }  // namespace lstm_cuda

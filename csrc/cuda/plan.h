@@ -3,12 +3,16 @@
 #pragma once
 
 #include "../recurrence.h"
+#include "resident.h"
 
 namespace lstm_cuda {
 
 // What products are made of. float32 has two: exact products, or tensor cores that round operands
 // to ten bits (TF32), where torch allows that for RNNs.
 enum class Arithmetic { float64, float32, tf32, float16, bfloat16 };
+
+// Of an operand, where weights are resident: see resident.h.
+LSTM_HOST_DEVICE constexpr int parts_of(Arithmetic a) { return a == Arithmetic::float32 ? 2 : 1; }
 
 struct CudaDevice {
   int architecture;  // 80, 86, 89, 90, 100, 120: ten times the compute capability
@@ -17,11 +21,14 @@ struct CudaDevice {
 };
 
 enum class Family {
-  rec_cta,   // all steps inside one block for each tile of the batch and direction
-  rec_step,  // one launch a step; any size
+  rec_cta,      // all steps inside one block for each tile of the batch and direction
+  rec_cluster,  // in a cluster of blocks, which exchange h through their shared memory
+  rec_group,    // in a group of blocks that run together and exchange h through L2
+  rec_step,     // one launch a step; any size
 };
 
-constexpr Family kFamilies[] = {Family::rec_cta, Family::rec_step};
+constexpr Family kFamilies[] = {Family::rec_cta, Family::rec_cluster, Family::rec_group,
+                                Family::rec_step};
 
 // Tiles of rec_step's product: weight rows times batch rows.
 enum class StepTile { small, medium, large };  // 32x16, 64x32, 128x64
@@ -30,10 +37,14 @@ struct CudaPlan {
   Family family;
   bool possible;  // false: nothing that may be chosen runs this; the reason says why
   Arithmetic arithmetic;
-  const char* reason;  // why this family
-  StepTile tile;       // rec_step
-  bool overlap;        // rec_step: launches may overlap (programmatic dependent launch)
-  int padded_hidden;   // rec_cta: 32, 64 or 128, the instantiation that holds H
+  const char* reason;      // why this family
+  StepTile tile;           // rec_step
+  bool overlap;            // rec_step: launches may overlap (programmatic dependent launch)
+  int padded_hidden;       // rec_cta: 32, 64 or 128, the instantiation that holds H
+  ResidentShape resident;  // rec_cluster, rec_group
+  int column_tiles;        // the same: 1, 2 or 4 tiles of 8 batch rows in a cluster or group
+  int groups;              // rec_group: groups that one launch runs together
+  double estimated_us;     // of the recurrence, by plan_model.h
 };
 
 // Options that narrow the choice.
@@ -53,10 +64,45 @@ constexpr int64_t step_shared_bytes(StepTile tile) {
 // above has.
 constexpr int64_t kCtaSharedBytes = 99 * 1024;
 
-// Blocks, and steps, of one launch of rec_cta, which counts both in 32 bits.
+// Shared memory that a block of rec_cluster or rec_group gets by with, forward and backward: what a
+// block may have on compute capability 9.0, 8.0 or 8.6. The kernels hold this against what they take.
+constexpr int64_t resident_shared_bytes(Family family, Arithmetic arithmetic,
+                                        const ResidentShape& shape, int column_tiles) {
+  constexpr int64_t kOf90 = 227 * 1024, kOf80 = 163 * 1024, kOf86 = 99 * 1024;
+  const bool partly_shared = shape.shared_forward > 0 || shape.shared_backward > 0;
+  if (family == Family::rec_cluster || partly_shared) return kOf90;
+  if (column_tiles <= 2) return kOf86;
+  return arithmetic == Arithmetic::float16 || arithmetic == Arithmetic::bfloat16 ? kOf80 : kOf90;
+}
+
+// Column tiles of 8 batch rows of a cluster or group: 1, and 2 and 4 where registers and shared memory
+// allow.
+constexpr int most_tiles(Arithmetic arithmetic, const ResidentShape& shape) {
+  const ForwardFragments warp{shape};
+  const bool full = arithmetic == Arithmetic::tf32 && warp.octets() > 1 && warp.steps() >= 8;
+  return (shape.shared_forward > 0 ? 2 : 4) / (full ? 2 : parts_of(arithmetic));
+}
+
+// 32-bit words that the blocks of a group of rec_group exchange through: two slots, forward of h as
+// operands, backward of sums from every block to every block.
+constexpr int64_t group_words(Arithmetic arithmetic, const ResidentShape& shape, int column_tiles,
+                              bool backward) {
+  const int64_t values = int64_t(shape.hidden) * 8 * column_tiles;
+  const bool short_sums = arithmetic == Arithmetic::float16 || arithmetic == Arithmetic::bfloat16;
+  return backward ? 2 * shape.blocks * values / (short_sums ? 2 : 1)
+                  : 2 * parts_of(arithmetic) * values / 2;
+}
+
+// Blocks, and steps, of one launch of rec_cta, rec_cluster or rec_group, which count both in 32 bits.
 constexpr int64_t kMostOfCta = 0x7FFFFFF0;
 
 CudaPlan plan_cuda(const LayerShape& shape, const CudaRequest& request, const CudaDevice& device);
+
+// A number for how forward packs weights, the same for all plans that pack them alike; 0 where none are.
+int64_t packed_layout(const CudaPlan& plan);
+
+// A plan with that layout, for packing alone. False if there is none.
+bool plan_of_layout(int64_t layout, CudaPlan& plan);
 
 // For messages and for lstm_cuda.explain.
 const char* name_of(Family family);

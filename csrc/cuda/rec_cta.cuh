@@ -1,62 +1,14 @@
-// What the forward and the backward kernel of family rec_cta share, beside their product: which
-// part of the problem a block has, the ring of input rows, and what a launch can hold.
+// What the forward and the backward kernel of family rec_cta share, beside their product: the ring of
+// input rows, and what a launch can hold.
 #pragma once
 
-#include "../schedule.h"
 #include "families.h"
+#include "part.cuh"
 #include "rec_cta_product.cuh"
 
 namespace lstm_cuda::rec_cta {
 
 inline constexpr int kSlots = 4;  // of a ring: inputs are fetched kSlots - 1 steps ahead
-
-// A block's recurrence and batch rows. Its schedule ends with the longest of these rows.
-struct Part {
-  int d, rows;  // rows: of the tile's columns, those that are in the batch
-  unsigned tile;
-  Schedule schedule;
-
-  LSTM_DEVICE int64_t b(int column) const { return int64_t(tile) * kColumns + column; }
-
-  LSTM_DEVICE int length(int column) const {
-    return column < rows ? int(schedule.length(b(column))) : 0;
-  }
-  // The first step of a row of this length.
-  LSTM_DEVICE int first(int row_length) const {
-    return int(Schedule{row_length, 1, schedule.reversed, nullptr, nullptr}.first(0));
-  }
-  // Bit j: column + j has this step, and no state crosses into it.
-  LSTM_DEVICE unsigned fresh(int step, int64_t t, int column, const int (&length)[2]) const {
-    unsigned bits = 0;
-    if (schedule.reset && step < schedule.T) {
-      LSTM_UNROLL
-      for (int j = 0; j < 2; ++j)
-        if (t < length[j]) bits |= unsigned(schedule.fresh(t, b(column + j))) << j;
-    }
-    return bits;
-  }
-  // Of row (t, b, d) in [T, B, D, ...].
-  LSTM_DEVICE int64_t row(const LayerShape& shape, int64_t t, int64_t b) const {
-    return (t * shape.B + b) * shape.D + d;
-  }
-};
-
-LSTM_DEVICE Part part_of_block(const LayerShape& shape, const int64_t* lengths,
-                               const uint8_t* reset) {
-  const unsigned tiles = unsigned((shape.B + kColumns - 1) / kColumns);
-  Part part{int(ptx::block_index() / tiles), kColumns, ptx::block_index() % tiles, {}};
-  if (part.b(kColumns) > shape.B) part.rows = int(shape.B - part.b(0));
-  part.schedule = schedule_of(shape, part.d, lengths, reset);
-  if (lengths) {
-    int64_t longest = 0;
-    for (int column = 0; column < part.rows; ++column) {
-      const int64_t length = part.schedule.length(part.b(column));
-      longest = length > longest ? length : longest;
-    }
-    part.schedule.T = longest;
-  }
-  return part;
-}
 
 // A ring of input rows: for each of kSlots steps one row of up to kWidth values for each column.
 // Threads share out the columns; the 16 bytes between rows keep the columns' banks apart.
@@ -114,7 +66,7 @@ inline Status unsupported(const char* kernel, const CudaPlan& plan) {
 // What one launch cannot hold, or empty.
 inline Status check(const char* kernel, const LayerShape& shape, const CudaPlan& plan) {
   Status status;
-  const int64_t blocks = (shape.B + kColumns - 1) / kColumns * shape.D;
+  const int64_t blocks = tiles_of(shape, kColumns) * shape.D;
   if (shape.projected)
     std::snprintf(status.message, sizeof status.message, "%s has no projection", kernel);
   else if (shape.H > plan.padded_hidden)
@@ -130,7 +82,7 @@ inline Status check(const char* kernel, const LayerShape& shape, const CudaPlan&
 }
 
 inline unsigned blocks_of(const LayerShape& shape) {
-  return unsigned((shape.B + kColumns - 1) / kColumns * shape.D);
+  return unsigned(tiles_of(shape, kColumns) * shape.D);
 }
 
 }  // namespace lstm_cuda::rec_cta

@@ -72,7 +72,7 @@ backward_kernel(LSTM_PARAMETER BackwardParams params) {
   using Tile = typename K::Tile;
   const RecurrenceBackward& p = params.problem;
   const int H = int(p.shape.H);
-  const Part part = part_of_block(p.shape, p.lengths, p.reset);
+  const Part part = part_of(p.shape, p.lengths, p.reset, ptx::block_index(), kColumns);
   const Schedule& schedule = part.schedule;
   const int steps = int(schedule.T);
   const int q = lane() % 4;

@@ -38,8 +38,6 @@ struct OperandTile {
   }
 };
 
-LSTM_DEVICE int lane() { return int(ptx::thread_index() % 32); }
-
 // Weights on their way to registers: some gates of w_hh, or of its transpose, padded with zeros in
 // shared memory. (Read straight from global memory, each with a check of bounds, they took more
 // registers than there are: ptxas has all these loads in flight at once.) kPitch makes neighbouring

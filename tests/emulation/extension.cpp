@@ -12,11 +12,13 @@
 
 #include "../../csrc/cuda/device.h"
 #include "../../csrc/cuda/dispatch.h"
+#include "../../csrc/cuda/scaled_product.h"
 
 namespace lstm_cuda {
 namespace {
 
 CudaDevice modelled{90, 132, 227 * 1024};
+bool recorded = false;
 
 }  // namespace
 
@@ -24,6 +26,8 @@ Status cuda_device(int, CudaDevice& device) {
   device = modelled;
   return {};
 }
+
+bool capturing(Stream) { return recorded; }
 
 namespace {
 
@@ -46,10 +50,23 @@ void set_device(int architecture, int multiprocessors, int64_t shared_bytes) {
   emulation::settings().shared_limit = size_t(shared_bytes);
 }
 
-// Kernels whose name begins like this cannot be launched; "" for none.
-void refuse(const std::string& kernel) { emulation::settings().refused = kernel; }
+// Kernels whose name begins like this cannot be launched, but the first `spared` times; "" for none.
+void refuse(const std::string& kernel, unsigned spared) {
+  emulation::settings().refused = kernel;
+  emulation::settings().spared = spared;
+}
+
+// What follows pretends to be recorded for a CUDA graph.
+void set_capturing(bool on) { recorded = on; }
 
 void use_device(int index) { emulation::settings().device = index; }
+
+// Small products are scaled too, where TF32 is allowed; torch refuses all that are. Forgets refusals.
+void scale_products(bool all, bool refused) {
+  emulation::scale_all_products = all;
+  emulation::refuse_scaled_products = refused;
+  scaling_refused = false;
+}
 
 // Names of the kernels started since the last call.
 std::vector<std::string> take_launches() {
@@ -66,7 +83,10 @@ PYBIND11_MODULE(lstm_cuda_emulated, m) {
   m.def("force_kernel", &lstm_cuda::force_kernel);
   m.def("set_order", &lstm_cuda::set_order);
   m.def("set_device", &lstm_cuda::set_device);
-  m.def("refuse", &lstm_cuda::refuse);
+  m.def("refuse", &lstm_cuda::refuse, pybind11::arg("kernel"), pybind11::arg("spared") = 0);
+  m.def("set_capturing", &lstm_cuda::set_capturing);
+  m.def("scale_products", &lstm_cuda::scale_products, pybind11::arg("all"),
+        pybind11::arg("refused") = false);
   m.def("use_device", &lstm_cuda::use_device);
   m.def("take_launches", &lstm_cuda::take_launches);
 }

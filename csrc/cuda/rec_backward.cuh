@@ -1,0 +1,340 @@
+// Backward recurrence with resident weights: one body for families rec_cluster and rec_group, which
+// differ in how sums travel from block to block (the Reduce).
+//
+//   each step, from the last to the first:
+//     dh = w_hh^T dgates[the step processed before] + dy[t];  cell backward (cell.h);  dgates[t]
+//
+// A cluster (group) of blocks has a part (part.cuh): 8, 16 or 32 batch rows of one recurrence, for
+// all steps. A block owns some of the hidden units. It turns dh of its units into dgates and
+// multiplies these by its own gate rows of w_hh, which gives a part of dh of all hidden units: each
+// owner gets its piece of that from every block (the sources), and adds them in the order of the
+// sources. Sent are floats, for float16 and bfloat16 values rounded to that, as dh itself would be
+// between two products.
+//
+// Products: row tiles of 16 hidden units, a few for each warp, of all column tiles; see resident.h
+// for rows and depth. In the order that mma leaves them, lane (g, q) with four sums, 32 consecutive
+// sums are 4 consecutive units, a quad, of 8 columns: those are the cells of one warp's lanes. A
+// warp has one or a few consecutive quads of one column tile, so that a thread's cells share a
+// batch row; warps that are left over have none. A thread has dh, dc and c of its cells in
+// registers.
+// Shared memory:
+//   gates, c, dy  rings, each of one warp, filled by cp.async up to 4 steps ahead (less if there
+//                 is no room)
+//   dgates        as B operand, as many buffers as the Reduce asks for: what one thread writes of a
+//                 cell is what one lane reads of a step in depth
+//   weights       those that registers do not hold; scales of their rows
+//   and what the Reduce needs.
+// Protocol, beside the Reduce's own: one block_sync a step. It ends these hazards: dgates are
+// complete before any warp multiplies them (and, with two buffers, the former ones are multiplied
+// before they are overwritten); the ring's slot of this step is read before it is filled again.
+// Rings are a warp's own: its warp_sync at the start of a step makes the slots of this and of the
+// next step, for whose copies each lane has waited, visible to all lanes. (c of the step before in
+// the order of the recurrence is in the slot of the step that is processed next.)
+// float32 and TF32: dgates have any range, but the operand is float16. Each column of a block's
+// dgates is multiplied by the power of two that brings its largest value to [2^14, 2^15); what is
+// sent has been divided by it again. A NaN stays in its column: scales are a column's own.
+// Nothing is multiplied or sent in the last step, so that nothing is on its way to a block that has
+// left.
+#pragma once
+
+#include "rec_backward_product.cuh"
+
+namespace lstm_cuda::resident {
+
+struct BackwardParams {
+  RecurrenceBackward problem;  // its lists of weights are in host memory
+  PackedWeights weights;
+  uint32_t* words;    // of the exchange, if that is through global memory
+  unsigned first;     // the launch's first part
+  int64_t time_step;  // elements of [T, B, D, H] from time to time
+  bool aligned;       // inputs of four units at a time are aligned to their size
+};
+
+// A warp's ring of inputs for its quads. A slot has for each quad [4 gates][8 columns][4 units] of
+// gates, then c, then dy: a warp reads 32 consecutive values at a time, in one order or another.
+template <class F, int kSlots>
+class InputRing {
+  using Element = typename F::Element;
+  static constexpr int kCAt = 4 * 32 * sizeof(Element), kDyAt = kCAt + 32 * sizeof(float);
+  static constexpr int kQuadBytes = kDyAt + 32 * sizeof(Element);
+
+ public:
+  static constexpr int kSlotBytes = F::kCellWarps * F::kCells * kQuadBytes;  // of all warps
+
+  // unit: of this lane's first cell.
+  LSTM_DEVICE InputRing(ptx::Shared& shared, const BackwardParams& params, int unit)
+      : bytes_(shared.take<std::byte>(kSlots * kSlotBytes, 16)),
+        params_(params),
+        p_(params.problem),
+        H_(unsigned(p_.shape.H)),
+        first_(unsigned(unit - unit_of_quad())) {}
+
+  // Begins to copy this lane's share of its column: a gate, c or dy of each quad's units. row: in
+  // [T, B, D, H]. To be waited for like cp.async; rows that are not aligned are copied at once.
+  LSTM_DEVICE void fetch(int step, int64_t row) const {
+    const int share = unit_of_quad(), at = 4 * column_of_quad();
+    LSTM_UNROLL
+    for (int j = 0; j < F::kCells; ++j) {
+      const unsigned unit = first_ + 4 * j;
+      if (unit >= H_) return;
+      std::byte* const to = slot(step, j);
+      copy(reinterpret_cast<Element*>(to) + 32 * share + at,
+           static_cast<const Element*>(p_.gates) + 4 * row + (share * H_ + unit), unit);
+      if (share == 0)
+        copy(reinterpret_cast<float*>(to + kCAt) + at, static_cast<const float*>(p_.c) + row + unit,
+             unit);
+      if (share == 1 && p_.dy)
+        copy(reinterpret_cast<Element*>(to + kDyAt) + at,
+             static_cast<const Element*>(p_.dy) + row + unit, unit);
+    }
+  }
+
+  LSTM_DEVICE float gate(int step, int j, int k) const {
+    return to_compute(reinterpret_cast<const Element*>(slot(step, j))[32 * k + mine()]);
+  }
+  LSTM_DEVICE float c(int step, int j) const {
+    return reinterpret_cast<const float*>(slot(step, j) + kCAt)[mine()];
+  }
+  LSTM_DEVICE float dy(int step, int j) const {
+    return to_compute(reinterpret_cast<const Element*>(slot(step, j) + kDyAt)[mine()]);
+  }
+
+ private:
+  static LSTM_DEVICE int mine() { return 4 * column_of_quad() + unit_of_quad(); }
+
+  LSTM_DEVICE std::byte* slot(int step, int j) const {
+    return bytes_ +
+           (step % kSlots * F::kCellWarps * F::kCells + warp() * F::kCells + j) * kQuadBytes;
+  }
+
+  template <class Value>
+  LSTM_DEVICE void copy(Value* to, const Value* from, unsigned unit) const {
+    if (!params_.aligned) {
+      LSTM_NO_UNROLL
+      for (unsigned e = 0; e < 4 && unit + e < H_; ++e) to[e] = from[e];
+    } else if constexpr (sizeof(Value) == 4) {
+      ptx::cp_async16(to, from);
+    } else {
+      ptx::cp_async8(to, from);
+    }
+  }
+
+  std::byte* bytes_;
+  const BackwardParams& params_;
+  const RecurrenceBackward& p_;
+  unsigned H_, first_;
+};
+
+// For cell_backward where tanh(c) stands in the place of c: it is found before dh has come.
+struct TanhKnown {
+  static LSTM_DEVICE float tanh(float tanh_c) { return tanh_c; }
+};
+
+// Shared memory of a block, all in all.
+template <class F, template <class> class ReduceOf>
+struct BackwardShared {
+  using Operand = resident::Operand<F, ReduceOf<F>::kOperands>;
+  static constexpr int64_t kOthers = ReduceOf<F>::kSharedBytes + Operand::kSharedBytes +
+                                     RowScales<F>::kValues * sizeof(float) +
+                                     F::shape.warps * F::Weights::kPieces * 16;
+  static constexpr int64_t kSlotBytes = InputRing<F, 2>::kSlotBytes;
+  static constexpr int kSlots =
+      int(std::min<int64_t>(4, (kResidentSharedBytes - kOthers) / kSlotBytes));
+  static_assert(kSlots >= 2, "a step needs its own slot and c of the next one's");
+  using Ring = InputRing<F, kSlots>;
+  static constexpr int64_t kBytes = kOthers + kSlots * kSlotBytes;
+};
+
+template <class F, template <class> class ReduceOf>
+LSTM_DEVICE void run_backward(const BackwardParams& params) {
+  using Element = typename F::Element;
+  using InShared = BackwardShared<F, ReduceOf>;
+  constexpr int kSlots = InShared::kSlots;
+  const RecurrenceBackward& p = params.problem;
+  const int H = int(p.shape.H);
+  const unsigned block = ptx::block_index() % F::shape.blocks;
+  const unsigned in_launch = ptx::block_index() / F::shape.blocks;
+  const Part part = part_of(p.shape, p.lengths, p.reset, params.first + in_launch, F::kColumns);
+  const int steps = int(part.schedule.T);
+
+  // This thread's cells, if it has any: units unit, unit + 4, ... of one batch row.
+  const bool has_cells = F::kCellWarps == F::shape.warps || warp() < F::kCellWarps;
+  const int tile = warp() % F::kTiles, quad = warp() / F::kTiles * F::kCells;
+  const int column = 8 * tile + column_of_quad();
+  const int unit = int(block) * F::kUnits + 4 * quad + unit_of_quad();
+  const int64_t b = part.b(column);
+  const unsigned length = has_cells ? unsigned(part.length(column)) : 0;
+  const Schedule own{length, p.shape.B, part.schedule.reversed, nullptr, p.reset};  // of this row
+  const auto exists = [&](int j) { return has_cells && column < part.rows && unit + 4 * j < H; };
+  const auto state_at = [&](int j) {  // in [D, B, H]
+    return (unsigned(part.d) * p.shape.B + b) * H + unit + 4 * j;
+  };
+
+  ptx::Shared shared;
+  ReduceOf<F> reduce(shared, params.words, in_launch, block);
+  const typename InShared::Operand operand(shared);
+  const typename InShared::Ring ring(shared, params, unit);
+  const RowScales<F> scales(
+      shared, params.weights.unscale + (part.d * F::shape.blocks + block) * F::shape.hidden);
+  typename F::Weights weights;
+  weights.load(params.weights.fragments,
+               first_piece(F::fragments, part.d, int(block), warp(), F::kParts), shared);
+  reduce.begin();
+
+  // Zeros where no row of the tile has steps.
+  const auto store = [&](int64_t at, int j, const Element(&gates)[4]) {  // at: in [T, B, D, H]
+    LSTM_UNROLL
+    for (int k = 0; k < 4; ++k)
+      if (exists(j)) static_cast<Element*>(p.dgates)[4 * at + unit + (k * H + 4 * j)] = gates[k];
+  };
+  const Element zeros[4] = {};
+  LSTM_NO_UNROLL
+  for (int64_t time = steps; time < p.shape.T; ++time) {
+    LSTM_UNROLL
+    for (int j = 0; j < F::kCells; ++j) store(part.row(p.shape, time, b) * H, j, zeros);
+  }
+
+  // Steps go from the last to the first. Time t, the row of [T, B, D, H] and what they change by.
+  int t = int(part.schedule.time(steps - 1));
+  const int next = int(part.schedule.time(0) - part.schedule.time(1));
+  int64_t row = part.row(p.shape, t, b) * H;
+  const int64_t next_row = next * params.time_step;
+  const auto has = [&](int time) { return unsigned(time) < length; };
+  const auto starts_fresh = [&](int time) -> uint8_t {  // a load that nothing waits for yet
+    const uint8_t* const boundary = has(time) ? own.boundary_before(time, b) : nullptr;
+    return boundary ? *boundary : 0;
+  };
+  const auto fetch = [&](int step, int ahead) {
+    if (has(t + ahead * next)) ring.fetch(step + ahead, row + ahead * next_row);
+    ptx::cp_async_commit();  // one group a step, even an empty one: the wait counts groups
+  };
+  if (has_cells) {
+    LSTM_UNROLL
+    for (int ahead = 0; ahead < kSlots; ++ahead) fetch(0, ahead);
+    ptx::cp_async_wait<kSlots - 1>();
+    ptx::warp_sync();  // the slot of step 0 is there, for all lanes
+  }
+  // dh and dc of a row that has not begun are those of its final state, so nothing has to be added
+  // at its last step.
+  float dh[F::kCells], dc[F::kCells], c[F::kCells] = {};
+  LSTM_UNROLL
+  for (int j = 0; j < F::kCells; ++j) {
+    const auto state = [&](const void* values) {
+      return exists(j) && values ? to_compute(static_cast<const Element*>(values)[state_at(j)])
+                                 : 0.f;
+    };
+    dh[j] = state(p.dh_n);
+    dc[j] = state(p.dc_n);
+    if (has_cells) c[j] = ring.c(0, j);
+  }
+  // No state crosses into this step; the step processed before left a gradient of its h.
+  constexpr unsigned kFresh = 1, kCrossed = 2;
+  unsigned flags = starts_fresh(t) ? kFresh : 0;
+
+  for (int step = 0; step < steps; ++step, t += next, row += next_row) {
+    const uint8_t fresh_next = starts_fresh(t + next);
+    Cell<float> cells[F::kCells];
+    float before[F::kCells] = {};
+    if (has_cells) {
+      ptx::cp_async_wait<kSlots - 2>();
+      ptx::warp_sync();  // the slots of this step and of the next are there, for all lanes
+      LSTM_UNROLL
+      for (int j = 0; j < F::kCells; ++j) {
+        const bool active = exists(j) && has(t);
+        cells[j] = {ring.gate(step, j, 0),
+                    ring.gate(step, j, 1),
+                    ring.gate(step, j, 2),
+                    ring.gate(step, j, 3),
+                    DeviceMath<F::arithmetic>::tanh(c[j]),
+                    0};
+        c[j] = before[j] = ring.c(step + 1, j);
+        if (active && t == own.first(0))
+          before[j] = p.c0 ? to_compute(static_cast<const Element*>(p.c0)[state_at(j)]) : 0.f;
+        if (flags & kFresh) before[j] = 0;
+        if (flags & kCrossed) dh[j] = 0;
+        if (p.dy && active) dh[j] += ring.dy(step, j);
+        if (p.dc && active) dc[j] += static_cast<const float*>(p.dc)[row + unit + 4 * j];
+      }
+    }
+    float sums[F::kCells] = {};
+    if (step > 0) reduce.receive(step - 1, has_cells, tile, quad, sums);
+
+    Element gates[F::kCells][4];
+    if (has_cells) {
+      uint32_t size = 0;
+      LSTM_UNROLL
+      for (int j = 0; j < F::kCells; ++j) {
+        const bool active = exists(j) && has(t);
+        if (flags & kCrossed) dh[j] += sums[j];
+        float dc_step = dc[j];
+        Cell<float> d;
+        cell_backward<TanhKnown>(cells[j], before[j], dh[j], dc_step, d);
+        // No state crosses into a fresh step, so no gradient leaves it.
+        dc[j] = active ? (flags & kFresh ? 0.f : dc_step) : dc[j];
+        dh[j] = active ? 0.f : dh[j];
+        const float values[4] = {d.i, d.f, d.g, d.o};
+        LSTM_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          gates[j][k] = to_element<Element>(active ? values[k] : 0.f);
+          if constexpr (F::kScaled) size = larger(size, operand.size_of(gates[j][k]));
+        }
+        operand.store(step, tile, quad + j, gates[j]);
+      }
+      if constexpr (F::kScaled) operand.store_size(step, size);
+    }
+    flags = (has(t) && !(flags & kFresh) ? kCrossed : 0) | (fresh_next ? kFresh : 0);
+    ptx::block_sync();  // the hazards of the protocol above
+    if (step + 1 < steps)
+      Multiplier<F, typename InShared::Operand, ReduceOf<F>>{weights, operand, scales, reduce, step}
+          .run();
+
+    // Sums are on their way; the rest is nobody's wait.
+    if (has_cells) {
+      LSTM_UNROLL
+      for (int j = 0; j < F::kCells; ++j) store(row, j, gates[j]);
+      fetch(step, kSlots);
+    }
+  }
+
+  LSTM_UNROLL
+  for (int j = 0; j < F::kCells; ++j)
+    if (p.dc0 && exists(j)) static_cast<Element*>(p.dc0)[state_at(j)] = to_element<Element>(dc[j]);
+}
+
+template <class F, template <class> class ReduceOf>
+LSTM_KERNEL(F::kThreads, 1)
+backward_kernel(LSTM_PARAMETER BackwardParams params) {
+  if constexpr (ReduceOf<F>::kFamily != Family::rec_cluster || ptx::kHasClusters)
+    run_backward<F, ReduceOf>(params);
+}
+
+// Parts [first, first + count) in one launch.
+template <class F, template <class> class ReduceOf>
+Status start_backward(const char* name, BackwardParams params, unsigned first, unsigned count,
+                      Stream stream) {
+  using InShared = BackwardShared<F, ReduceOf>;
+  constexpr Family family = ReduceOf<F>::kFamily;
+  static_assert(InShared::kBytes <=
+                resident_shared_bytes(family, F::arithmetic, F::shape, F::kTiles));
+  constexpr unsigned kQuadBytes = 4 * sizeof(typename F::Element);
+  const auto places = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+  const RecurrenceBackward& p = params.problem;
+  params.first = first;
+  params.aligned = p.shape.H % 4 == 0 && places(p.c) % 16 == 0 &&
+                   (places(p.gates) | places(p.dy)) % kQuadBytes == 0;
+  const LaunchShape launch_shape{
+      .kernel = name,
+      .blocks = count * F::shape.blocks,
+      .threads = F::kThreads,
+      .shared_bytes = InShared::kBytes,
+      .cluster = family == Family::rec_cluster ? unsigned(F::shape.blocks) : 1,
+      .cooperative = family == Family::rec_group};
+  return launch<backward_kernel<F, ReduceOf>>(launch_shape, params, stream);
+}
+
+inline BackwardParams backward_params(const RecurrenceBackward& p, const PackedWeights& weights,
+                                      void* words) {
+  return {p, weights, static_cast<uint32_t*>(words), 0, p.shape.B * p.shape.D * p.shape.H, false};
+}
+
+}  // namespace lstm_cuda::resident

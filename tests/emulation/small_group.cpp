@@ -1,0 +1,46 @@
+#include "cuda/exchange_group.cuh"
+#include "cuda/reduce_group.cuh"
+#include "small_resident.hpp"
+
+using namespace lstm_cuda;
+using namespace lstm_cuda::test;
+
+namespace {
+
+template <Arithmetic arithmetic, ResidentShape shape, int tiles>
+struct Small {
+  static Kernels get(const CudaPlan& plan, const LayerShape& layer) {
+    const unsigned parts = unsigned(tiles_of(layer, 8 * tiles) * layer.D);
+    return {[=](const RecurrenceForward& p) {
+              using F = resident::ForwardConfig<arithmetic, shape, tiles>;
+              using Team = resident::Team<F, resident::GroupExchange>;
+              const int64_t bytes = 4 * resident::GroupExchange<F>::kWords * parts;
+              return with_packed(p, plan, bytes, [&](const PackedWeights& weights, void* words) {
+                return resident::start_forward<F, Team>(
+                    "small_group", p, {weights, static_cast<uint32_t*>(words)}, 0, parts, {});
+              });
+            },
+            [=](const RecurrenceBackward& p) {
+              using F = resident::BackwardConfig<arithmetic, shape, tiles>;
+              const int64_t bytes = 4 * resident::GroupReduce<F>::kWords * parts;
+              return with_packed(p, plan, bytes, [&](const PackedWeights& weights, void* words) {
+                return resident::start_backward<F, resident::GroupReduce>(
+                    "small_group", resident::backward_params(p, weights, words), 0, parts, {});
+              });
+            },
+            true};
+  }
+};
+
+// All weights in registers, and some in shared memory.
+constexpr ResidentShape kHeld{128, 8, 4, 4, 0, 0}, kShared{256, 16, 4, 4, 2, 2};
+
+std::optional<Kernels> choose(Arithmetic arithmetic, const LayerShape& layer, const Case& c) {
+  if (c.H > 128) return small_kernels<Small, kShared, 2>(arithmetic, layer);
+  if (c.tiles == 4) return small_kernels<Small, kHeld, 4>(arithmetic, layer);
+  return small_kernels<Small, kHeld, 1>(arithmetic, layer);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) { return main_of(argc, argv, kSmallCases, choose); }
