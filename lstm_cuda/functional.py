@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, reference
-from .layer import fused_layer
+from .packed import PackedWeights
 from .reference import PLAIN, Cell, check_probability
+from .stack import run_stack, wavefront_chunks
 
 BACKENDS = ("auto", "cuda", "cpu", "torch")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -42,6 +43,7 @@ def fused_lstm(
     peephole: Sequence[Sequence[Tensor]] | None = None,
     layer_norm: Sequence[Sequence[Tensor]] | None = None,
     backend: str = "auto",
+    packed: Sequence[PackedWeights] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """A stack of L LSTM layers with D directions, as a function of its weights.
 
@@ -85,6 +87,8 @@ def fused_lstm(
             [H]; runs on the reference.
         backend: "auto" (by x's device), "cpu", "cuda", or "torch" for the reference: slow, any
             device, any transform.
+        packed: L places where calls without gradients keep packed weights, as
+            ``FusedLSTM.freeze`` makes them.
 
     Returns:
         output [T, B, D*P] ([B, T, D*P] with ``batch_first``), (h_n [L*D, B, P], c_n [L*D, B, H])
@@ -136,32 +140,65 @@ def fused_lstm(
     if batch_first:
         x = x.transpose(0, 1)
     reversed = 2 if bidirectional else int(reverse)
-    h_n: list[Tensor] = []
-    c_n: list[Tensor] = []
-    for layer in range(L):
-        mine = slice(layer * D, layer * D + D)
-        rows = weights if L == 1 else weights[mine]
-        h, c = (h0, c0) if L == 1 or h0 is None or c0 is None else (h0[mine], c0[mine])
-        if fused:
-            wanted = return_cells and layer == L - 1
-            x, h, c, cells = fused_layer(x, rows, h, c, lengths, reset, reversed, wanted)
-        else:
-            x, h, c, cells = reference.lstm_layer(
-                x, rows, h, c, lengths, reset, reversed, cell,
-                None if peephole is None else peephole[mine],
-                None if layer_norm is None else layer_norm[mine],
-                training,
-            )  # fmt: skip
-        h_n.append(h)
-        c_n.append(c)
-        if training and dropout > 0 and layer < L - 1:
-            x = F.dropout(x, dropout)
+
+    def between(y: Tensor) -> Tensor:
+        return F.dropout(y, dropout) if training and dropout > 0 else y
+
+    if fused:
+        chunks = wavefront_chunks(x, weights, D, reversed)
+        x, h_n, c_n, cells = run_stack(
+            x, weights, h0, c0, lengths, reset, reversed, D, return_cells, between, chunks,
+            packed if dtype is None else None,
+        )  # fmt: skip
+    else:
+        x, h_n, c_n, cells = _run_reference(
+            x, weights, h0, c0, lengths, reset, reversed, D, between, cell, peephole, layer_norm,
+            training,
+        )  # fmt: skip
     output = x.transpose(0, 1) if batch_first else x
     state = (h_n[0], c_n[0]) if L == 1 else (torch.cat(h_n), torch.cat(c_n))
     if not return_cells:
         return output, state
     cells = cells.flatten(2).to(x.dtype)
     return output, state, cells.transpose(0, 1) if batch_first else cells
+
+
+def _run_reference(
+    x: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reversed: int,
+    D: int,
+    between: Callable[[Tensor], Tensor],
+    cell: Cell,
+    peephole: Sequence[Sequence[Tensor]] | None,
+    layer_norm: Sequence[Sequence[Tensor]] | None,
+    training: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """``stack.run_stack`` on the reference, with the cell's options."""
+    h_n: list[Tensor] = []
+    c_n: list[Tensor] = []
+    for start in range(0, len(weights), D):
+        mine = slice(start, start + D)
+        x, h, c, cells = reference.lstm_layer(
+            between(x) if start > 0 else x,
+            weights[mine],
+            None if h0 is None else h0[mine],
+            None if c0 is None else c0[mine],
+            lengths,
+            reset,
+            reversed,
+            cell,
+            None if peephole is None else peephole[mine],
+            None if layer_norm is None else layer_norm[mine],
+            training,
+        )
+        h_n.append(h)
+        c_n.append(c)
+    return x, h_n, c_n, cells
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops, reference
+from .packed import PackedWeights
 
 
 def fused_layer(
@@ -21,6 +22,7 @@ def fused_layer(
     reset: Tensor | None,
     reversed: int,
     cells: bool,
+    packed: PackedWeights | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``reference.lstm_layer`` with the plain cell, on the fused op.
 
@@ -29,6 +31,7 @@ def fused_layer(
     Args:
         x ... reversed: as for ``reference.lstm_layer``.
         cells: the cell states are wanted.
+        packed: where the layer's packed weights are kept, for calls without gradients.
 
     Returns:
         As ``reference.lstm_layer``; the last is meaningless unless ``cells``.
@@ -51,8 +54,9 @@ def fused_layer(
         )
         return y, h_n, c_n, c
     w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
+    kept = (None, 0) if packed is None else packed.find(x, w_hh, bool(w_hr), allow_tf32)
     y, h_n, c_n, _, c = ops.layer_forward(
-        x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, False, cells, allow_tf32
+        x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, False, cells, allow_tf32, *kept
     )
     return y, h_n, c_n, c
 

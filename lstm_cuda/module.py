@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .convert import rebuild
 from .functional import check_backend, check_pair, fused_lstm, native_dtype, warn_reference
+from .packed import PackedWeights
 from .reference import Cell, check_probability
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _State = tuple[Tensor, Tensor]
 
@@ -54,6 +58,8 @@ class FusedLSTM(nn.RNNBase):
         TypeError, ValueError: an argument is of the wrong type or out of range, or two exclude each
             other.
     """
+
+    _packed: list[PackedWeights] | None = None  # see freeze()
 
     def __init__(
         self,
@@ -171,6 +177,28 @@ class FusedLSTM(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Do nothing: the weights are used where they are. Code for ``torch.nn.LSTM`` calls it."""
 
+    def freeze(self) -> Self:
+        """Prepare for inference: ``eval()``, and keep what calls derive from the weights.
+
+        On CUDA, kernels that hold the weights of a whole sequence want them in another order. Calls
+        make that anew each time, in one small kernel; a frozen module keeps it, at the price of
+        another copy of ``weight_hh``. Calls with gradients and under autocast do not use it. A
+        change of the weights is noticed, except to inference tensors (made under
+        ``torch.inference_mode``) and through ``.data``. ``train()`` ends it.
+
+        Returns:
+            The module.
+        """
+        self.eval()
+        self._packed = [PackedWeights() for _ in range(self.num_layers)]
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; training ends what ``freeze`` began."""
+        if mode:
+            self._packed = None
+        return super().train(mode)
+
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -239,6 +267,7 @@ class FusedLSTM(nn.RNNBase):
             peephole=self._rows(self._peephole_names),
             layer_norm=self._rows(self._layer_norm_names),
             backend=self.backend,
+            packed=self._packed,
         )
         dtype = native_dtype(x, hx) if packed or self.proj_size > 0 else None
         if dtype is None:

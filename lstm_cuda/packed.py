@@ -1,0 +1,56 @@
+"""Weights that kernels want in another form, kept between calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+
+class PackedWeights:
+    """One layer's w_hh as the CUDA kernels load it; for inference, where weights stay.
+
+    Made when a call first wants it, and anew when the weights are other tensors or were changed in
+    place.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[list[tuple[Tensor, int]], Tensor]] = {}
+
+    def find(
+        self, x: Tensor, w_hh: Sequence[Tensor], projected: bool, allow_tf32: bool
+    ) -> tuple[Tensor | None, int]:
+        """The packed weights for a call of the op with this input, and their layout."""
+        if projected or torch.compiler.is_compiling():
+            return None, 0
+        G, P = w_hh[0].shape
+        layout = ops.packed_layout(x, len(w_hh), G // 4, P, allow_tf32)
+        if layout == 0:
+            return None, 0
+        now = [(w, 0 if w.is_inference() else w._version) for w in w_hh]
+        if layout in self._made:
+            then, packed = self._made[layout]
+            same = len(then) == len(now) and all(
+                a is b and m == n for (a, m), (b, n) in zip(then, now, strict=True)
+            )
+            if same:
+                return packed, layout
+        if x.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return None, 0  # what is made now would be there only after a replay
+            packed = ops.pack_weights(w_hh, layout)
+            torch.cuda.current_stream(x.device).synchronize()  # other streams may use it next
+        else:
+            packed = ops.pack_weights(w_hh, layout)
+        self._made[layout] = (now, packed)
+        return packed, layout
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeights:
+        return PackedWeights()
+
+    def __reduce__(self) -> tuple[type[PackedWeights], tuple[()]]:
+        return PackedWeights, ()
