@@ -4,9 +4,10 @@
 
 A spilled register, a byte of stack (an array that slipped into local memory shows only there) or a
 warning fails the check. Where there is a `cuobjdump`, the machine code is read too: it must hold no
-load or store of local memory. Each file is compiled once an architecture, straight to machine code:
-that skips the host compiler and the packing of a fat binary, and keeps all cores busy to the end.
-Only the first architecture makes an object, so that host code is compiled with warnings once.
+load or store of local memory, and in loops over the steps what machine_code.py expects. Each file
+is compiled once an architecture, straight to machine code: that skips the host compiler and the
+packing of a fat binary, and keeps all cores busy to the end. Only the first architecture makes an
+object, so that host code is compiled with warnings once.
 """
 
 from __future__ import annotations
@@ -26,8 +27,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from machine_code import StepKernel, local_accesses, read_functions, step_faults
+
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("90a", "80", "86", "89", "100a", "120")
+# Cluster kernels have a body only where clusters are used; elsewhere one compilation shows that
+# nothing else is left in their files.
+CLUSTER_ARCHITECTURES = ("90a", "100a")
+WITHOUT_CLUSTERS = "80"
 # What torch's builds define: 16-bit types convert only by name.
 TORCH_DEFINES = (
     "-D__CUDA_NO_HALF_OPERATORS__",
@@ -68,6 +75,8 @@ class Compilation:
     failed: bool
     usages: list[Usage] = field(default_factory=list)
     local_accesses: dict[str, int] = field(default_factory=dict)  # by mangled name
+    step_faults: dict[str, list[str]] = field(default_factory=dict)  # the same
+    step_kernels: int = 0  # whose loops over the steps were looked at
 
 
 def find_nvcc() -> str:
@@ -124,17 +133,18 @@ def read_usages(report: str, architecture: str) -> list[Usage]:
     return list(usages.values())
 
 
-def read_local_accesses(sass: str) -> dict[str, int]:
-    """How many instructions of each function, as cuobjdump lists them, touch local memory."""
-    counts: dict[str, int] = {}
-    name = ""
-    for line in sass.splitlines():
-        if match := re.match(r"\s*Function : (\S+)", line):
-            name = match[1]
-            counts[name] = 0
-        elif re.match(r"\s*/\*[0-9a-f]+\*/\s.*?\b(LDL|STL)\b", line):
-            counts[name] += 1
-    return counts
+def architectures_of(source: Path, wanted: Sequence[str]) -> list[str]:
+    """Those of the wanted architectures that a file is compiled for."""
+    if not source.name.startswith("rec_cluster_"):
+        return list(wanted)
+    return [each for each in wanted if each in (*CLUSTER_ARCHITECTURES, WITHOUT_CLUSTERS)]
+
+
+def has_step_kernels(source: Path, architecture: str) -> bool:
+    """Whether there must be kernels whose loops over the steps are looked at."""
+    if source.name.startswith("rec_cluster_"):
+        return architecture in CLUSTER_ARCHITECTURES
+    return source.name.startswith("rec_group_")
 
 
 def read_warnings(output: str) -> list[str]:
@@ -173,7 +183,8 @@ def shorten(name: str) -> str:
     """ "lstm_cuda::(anonymous namespace)::f<(lstm_cuda::A)1>(P)" becomes "f<(A)1>"."""
     name = name.removeprefix("void ")
     name = re.sub(r"(_GLOBAL__N_\w*|\(anonymous namespace\)|<unnamed>)::", "", name)
-    name = re.sub(r"\b(lstm_cuda|ptx)::", "", name)
+    name = re.sub(r"\b(lstm_cuda|ptx|resident)::|\bResidentShape(?={)", "", name)
+    name = re.sub(r"\bTeam<\w+Config<[^<>]*>, (\w+)>", r"\1", name)  # which repeats a neighbour
     depth = 0
     for position, character in enumerate(name):
         depth += (character == "<") - (character == ">")
@@ -203,7 +214,13 @@ def compile_one(nvcc: str, cuobjdump: str | None, source: Path, architecture: st
             sass = subprocess.run(
                 [cuobjdump, "-sass", str(binary)], stdout=subprocess.PIPE, text=True, check=True
             )
-            result.local_accesses = read_local_accesses(sass.stdout)
+            for name, code in read_functions(sass.stdout).items():
+                result.local_accesses[name] = local_accesses(code)
+                if has_step_kernels(source, architecture) and StepKernel.of(name):
+                    result.step_kernels += 1
+                    result.step_faults[name] = list(step_faults(name, code))
+            if has_step_kernels(source, architecture) and not result.step_kernels:
+                result.step_faults[""] = ["no kernel with a loop over the steps was recognised"]
         return result
 
 
@@ -228,6 +245,9 @@ def failures(results: Sequence[Compilation], names: dict[str, str]) -> list[str]
         for name, count in result.local_accesses.items():
             if count:
                 add(f"{names.get(name, name)} holds {count} LDL or STL", result)
+        for name, faults in result.step_faults.items():
+            for fault in faults:
+                add(f"{names.get(name, name)} {fault}".strip(), result)
     return [f"{sentence} (sm_{', sm_'.join(where)})" for sentence, where in found.items()]
 
 
@@ -296,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         waiting = [
             pool.submit(compile_one, nvcc, cuobjdump, source, architecture)
             for source in sources
-            for architecture in options.arch
+            for architecture in architectures_of(source, options.arch)
         ]
         results = [job.result() for job in waiting]
     seconds = time.perf_counter() - start
@@ -310,6 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{source.name}: {sum(of_file):.1f} s for {len(of_file)} architectures")
     mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
     print(f"all: {seconds:.1f} s, {options.jobs} at once; the largest process took {mib:.0f} MiB")
+    if looked_at := sum(result.step_kernels for result in results):
+        print(f"loops over the steps: {looked_at} were looked at")
     if cuobjdump is None:
         print("machine code was not read: no cuobjdump (a part of the toolkit)")
     found = failures(results, names)

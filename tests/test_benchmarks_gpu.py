@@ -25,12 +25,13 @@ from benchmarks.gpu.grid import (
     select,
     shortened,
 )
-from benchmarks.gpu.records import read_records
+from benchmarks.gpu.records import REFUSAL, read_records
 from benchmarks.gpu.summary import families, summarize, table
 from benchmarks.results import ResultsFile
 from benchmarks.timing import HostClock
 from benchmarks.variants import VARIANTS
 from benchmarks.workloads import Workload
+from lstm_cuda import CudaDevice, FusedLSTM, explain, force_kernel
 
 MODES = ("inference", "training")
 ENVIRONMENT = CudaEnvironment(
@@ -361,9 +362,23 @@ def test_a_forced_kernel_alone_has_its_tables_too() -> None:
 
 
 def test_the_kernels_that_ran_are_named() -> None:
-    plan = "layer 0\n  forward: kernel=rec_cta, a=1\n  backward: kernel=rec_step\n  kernel=rec_cta"
+    h100 = CudaDevice(architecture=90, multiprocessors=132, shared_bytes=232448)
+    lstm = FusedLSTM(5, 200, 2, bidirectional=True, dtype=torch.bfloat16)
+    x = torch.randn(500, 16, 5, dtype=torch.bfloat16)
+    assert families({"plan": explain(lstm, x, h100)}) == "rec_cluster"
+    with force_kernel("rec_group"):
+        assert families({"plan": explain(lstm, x, h100)}) == "rec_group"
+    plan = "layer 0\n  forward: rec_cta, a\n  backward: rec_step, b\n  forward: rec_cta, c"
     assert families({"plan": plan}) == "rec_cta, rec_step"
-    assert families({}) == "-"
+    assert families({}) == families({"plan": explain(lstm, x)}) == "-"
+
+
+def test_a_forced_family_that_does_not_fit_is_no_failure() -> None:
+    records = measured_records("rec_cta")
+    refusal = f"RuntimeError: lstm_cuda: rec_cta {REFUSAL} H=512, P=512 here: too wide"
+    records += [{**records[-1], "name": "wide", "error": refusal}]
+    text = summarize(records)
+    assert "wide" not in text and "OutOfMemoryError" in text
 
 
 def test_numbers_are_to_the_right() -> None:

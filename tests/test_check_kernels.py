@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / ".ci"))
 import check_cuda_build
 import check_kernels
+import machine_code
 
 NVCC = shutil.which("nvcc", path="/usr/local/cuda/bin" + os.pathsep + os.environ["PATH"])
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
@@ -61,8 +62,13 @@ def test_report_of_ptxas() -> None:
     ]
 
 
+def local_accesses() -> dict[str, int]:
+    functions = machine_code.read_functions(SASS)
+    return {name: machine_code.local_accesses(code) for name, code in functions.items()}
+
+
 def test_local_memory_in_machine_code() -> None:
-    assert check_kernels.read_local_accesses(SASS) == {"_Z5cleanPd": 0, "_Z5spillPd": 2}
+    assert local_accesses() == {"_Z5cleanPd": 0, "_Z5spillPd": 2}
 
 
 def test_failures_name_what_and_where() -> None:
@@ -72,7 +78,8 @@ def test_failures_name_what_and_where() -> None:
         compilation(
             architecture=architecture,
             usages=usages,
-            local_accesses=check_kernels.read_local_accesses(SASS),
+            local_accesses=local_accesses(),
+            step_faults={"_Z5cleanPd": [], "_Z5spillPd": ["has 1 MEMBAR"]},
         )
         for architecture in ("80", "90a")
     ]
@@ -80,11 +87,14 @@ def test_failures_name_what_and_where() -> None:
         "a.cu: spill spills 20 bytes of registers (sm_80, sm_90a)",
         "a.cu: spill has a stack frame of 32 bytes (sm_80, sm_90a)",
         "a.cu: spill holds 2 LDL or STL (sm_80, sm_90a)",
+        "a.cu: spill has 1 MEMBAR (sm_80, sm_90a)",
     ]
     slow = "ptxas info : (C7510) Potential Performance Loss: wgmma instructions are serialized"
     assert check_kernels.failures([compilation(output=slow)], {}) == [f"a.cu: {slow} (sm_90a)"]
     (failure,) = check_kernels.failures([compilation(failed=True, output="no such thing")], {})
     assert "does not compile" in failure and "no such thing" in failure
+    unknown = compilation(step_faults={"": ["no kernel was recognised"]})
+    assert check_kernels.failures([unknown], {}) == ["a.cu: no kernel was recognised (sm_90a)"]
     assert check_kernels.failures([compilation()], {}) == []
 
 
@@ -94,6 +104,13 @@ def test_failures_name_what_and_where() -> None:
         ("void lstm_cuda::step<(lstm_cuda::A)1, 4>(lstm_cuda::P)", "step<(A)1, 4>"),
         ("lstm_cuda::(anonymous namespace)::f(int)", "f"),
         ("lstm_cuda::_GLOBAL__N__7d0_7_good_cu_fed_296::f(P)", "f"),
+        (
+            "void lstm_cuda::resident::f<lstm_cuda::resident::AConfig<(lstm_cuda::A)2, "
+            "lstm_cuda::ResidentShape{768, 48}, 4>, lstm_cuda::resident::Team<lstm_cuda::resident::"
+            "AConfig<(lstm_cuda::A)2, lstm_cuda::ResidentShape{768, 48}, 4>, "
+            "lstm_cuda::resident::E> >(P)",
+            "f<AConfig<(A)2, {768, 48}, 4>, E >",
+        ),
     ],
 )
 def test_short_names(name: str, short: str) -> None:
@@ -106,6 +123,187 @@ def test_names_of_template_arguments() -> None:
     assert names == {"(Tile)0": "small", "(Tile)1": "large", "(Bits)0": "eight"}
     mangled = "_Z4stepIL4Tile1ELi1EEvv"  # void step<(Tile)1, 1>()
     assert check_kernels.demangle([mangled], names) == {mangled: "step<large, 1>"}
+
+
+def listing(*lines: str) -> list[machine_code.Instruction]:
+    """Code of these lines, at addresses 0x00, 0x10, ..."""
+    text = [f"  /*{16 * i:04x}*/   {line} ;  /* 0x0000 */" for i, line in enumerate(lines)]
+    sass = "\n".join(["  Function : f", *text])
+    return machine_code.read_functions(sass)["f"]
+
+
+def test_instructions_are_read() -> None:
+    code = listing("@!P0 BRA 0x20", "BRA.U UP1, 0x0", "@PT BRA 0x10", "MOV R1, c[0x0][0x28]")
+    assert [(each.address, each.name, each.target, each.goes_on) for each in code] == [
+        (0x00, "BRA", 0x20, True),
+        (0x10, "BRA", 0x00, True),
+        (0x20, "BRA", 0x10, False),
+        (0x30, "MOV", None, True),
+    ]
+
+
+PRODUCT = "HMMA.16816.F32.BF16 R4, R8, R12.reuse, R4"
+LOOP = (
+    "MEMBAR.ALL.GPU",  # 0x00: before the loop
+    "LDS R8, [R2]",  # 0x10: the loop begins
+    "@P1 BRA 0x80",  # something rare, moved to the end
+    PRODUCT,  # 0x30: the loop goes on from there
+    "STAS.128 [R18.64], R156",
+    "@!P0 BRA 0x10",
+    "STG.E [R2], R4",
+    "EXIT",
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R181+URZ], R184",  # 0x80
+    "BRA.U !UP0, 0x80",
+    "BRA 0x30",
+)
+
+
+def test_the_loop_is_what_repeats_with_its_products() -> None:
+    (loop,) = machine_code.product_loops(listing(*LOOP))
+    assert loop == {"LDS": 1, "BRA": 4, "HMMA": 1, "STAS": 1, "SYNCS": 1}
+    twice = machine_code.product_loops(listing(*LOOP[:6], PRODUCT, "EXIT", *LOOP[8:]))
+    assert [sum(loop.values()) for loop in twice] == [8, 1]
+    assert machine_code.product_loops(listing("EXIT")) == []
+
+
+def mangled(name: str, arithmetic: int, shape: tuple[int, ...], tiles: int, family: str) -> str:
+    numbers = "".join(f"Li{number}E" for number in shape)
+    exchange = "15ClusterExchange" if family == "Cluster" else "11GroupReduce"
+    return (
+        f"_ZN9lstm_cuda8resident14forward_kernelINS0_13{name}ConfigILNS_10ArithmeticE{arithmetic}EXtl"
+        f"NS_13ResidentShapeE{numbers}EELi{tiles}EEENS0_{exchange}EEEvNS0_13ForwardParamsE"
+    )
+
+
+# float32 is 1 and bfloat16 4; hidden, blocks, warps, split.
+@pytest.mark.parametrize(
+    ("direction", "arithmetic", "shape", "tiles", "family", "products", "sends"),
+    [
+        ("Forward", 4, (512, 16, 8, 2), 1, "Cluster", 32, 4),
+        ("Forward", 4, (512, 16, 8, 2), 4, "Cluster", 128, 8),
+        ("Forward", 1, (256, 8, 8, 2), 1, "Cluster", 48, 4),
+        ("Forward", 4, (384, 8, 12, 2), 1, "Cluster", 24, 2),
+        ("Forward", 4, (1024, 64, 8, 8), 1, "Group", 36, 0),
+        ("Forward", 1, (1024, 64, 8, 8), 2, "Group", 216, 0),
+        ("Backward", 4, (512, 16, 8, 2), 2, "Cluster", 64, 8),
+        ("Backward", 4, (384, 8, 12, 2), 1, "Cluster", 24, 2),
+        ("Backward", 4, (2048, 128, 8, 8, 8, 8), 1, "Group", 40, 0),
+        ("Backward", 4, (2048, 128, 8, 8, 8, 8), 2, "Group", 72, 0),
+        ("Backward", 4, (1024, 64, 8, 8), 4, "Group", 32, 0),
+        ("Backward", 1, (1024, 64, 8, 8, 5, 4), 1, "Group", 60, 0),
+        ("Backward", 4, (512, 16, 8, 2), 4, "Cluster", 32, 4),
+        ("Backward", 1, (512, 32, 8, 8), 1, "Group", 48, 0),
+    ],
+)
+def test_products_and_sends_of_a_step(
+    direction: str,
+    arithmetic: int,
+    shape: tuple[int, ...],
+    tiles: int,
+    family: str,
+    products: int,
+    sends: int,
+) -> None:
+    kernel = machine_code.StepKernel.of(mangled(direction, arithmetic, shape, tiles, family))
+    assert kernel is not None and (kernel.family, kernel.tiles) == (family, tiles)
+    assert (kernel.backward, kernel.exact) == (direction == "Backward", arithmetic == 1)
+    assert (kernel.hidden, kernel.blocks, kernel.warps, kernel.split) == shape[:4]
+    assert (kernel.products(), kernel.sends()) == (products, sends)
+
+
+def test_faults_of_a_loop() -> None:
+    name = mangled("Forward", 4, (32, 4, 2, 2, 0, 0), 1, "Cluster")  # two products, one send
+    assert machine_code.StepKernel.of("_Z5cleanPd") is None
+    good = [*LOOP[:4], PRODUCT, *LOOP[4:5], "@!P0 BRA 0x10", "EXIT", *LOOP[8:]]
+
+    def faults(*lines: str) -> list[str]:
+        return list(machine_code.step_faults(name, listing(*lines)))
+
+    assert faults(*good) == []
+    assert list(machine_code.step_faults("_Z5cleanPd", listing(*LOOP))) == []
+    assert faults(*LOOP) == ["has 1 HMMA in its loop over the steps, not 2"]
+    assert faults(*good[:5], "NOP", *good[6:]) == ["has 0 STAS in its loop over the steps, not 1"]
+    for fence in ("MEMBAR.ALL.GPU", "ERRBAR"):
+        found = faults(good[0], fence, *good[2:])
+        assert found == [f"has 1 {fence.split('.')[0]} in its loop over the steps"]
+        assert faults(*good[:-1], "@P5 BRA 0x30", fence) == []  # where no way leads back
+        moved = faults(*good[:9], fence, *good[10:])  # among what was moved to the end
+        assert moved == [f"has 1 {fence.split('.')[0]} in its loop over the steps"]
+    for other in ([PRODUCT, PRODUCT, "EXIT"], [*good[:7], PRODUCT, *good[7:]], ["EXIT"]):
+        (fault,) = faults(*other)
+        assert "not in one loop over the steps" in fault
+
+
+def test_cluster_kernels_are_compiled_where_there_are_clusters() -> None:
+    everywhere = check_kernels.ARCHITECTURES
+    for name, architectures, with_loops in (
+        ("rec_cluster_forward.cu", ["90a", "80", "100a"], ["90a", "100a"]),
+        ("rec_group_backward.cu", list(everywhere), list(everywhere)),
+        ("rec_cta_forward.cu", list(everywhere), []),
+    ):
+        found = check_kernels.architectures_of(Path(name), everywhere)
+        assert found == architectures
+        assert [a for a in found if check_kernels.has_step_kernels(Path(name), a)] == with_loops
+    assert check_kernels.architectures_of(Path("rec_cluster_forward.cu"), ["86", "90a"]) == ["90a"]
+
+
+STEP_KERNEL = """
+namespace lstm_cuda {
+enum class Arithmetic { float64, float32, tf32, float16, bfloat16 };
+struct ResidentShape { int hidden, blocks, warps, split, shared_forward, shared_backward; };
+namespace resident {
+template <Arithmetic, ResidentShape, int> struct ForwardConfig {};
+template <class> struct GroupExchange {};
+template <class F, template <class> class Exchange>
+__global__ void forward_kernel(float* x, int n) {
+  float d[4] = {x[0], x[1], x[2], x[3]};
+  #pragma unroll 1
+  for (int step = 0; step < n; ++step) {
+    #pragma unroll
+    for (int i = 0; i < PRODUCTS; ++i)
+      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                   "{%0, %1, %2, %3}, {%4, %4, %4, %4}, {%5, %5}, {%0, %1, %2, %3};"
+                   : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(step), "r"(i));
+    FENCE;
+  }
+  x[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
+}
+using Config = ForwardConfig<Arithmetic::bfloat16, ResidentShape{512, 32, 8, 8, 0, 0}, 1>;
+template __global__ void forward_kernel<Config, GroupExchange>(float*, int);
+}
+}
+"""
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("products", "fence", "wrong"),
+    [
+        ("20", "", None),
+        ("19", "", "has 19 HMMA in its loop over the steps, not 20"),
+        ("20", "__threadfence()", "has 1 MEMBAR in its loop over the steps"),
+        (None, "", "no kernel with a loop over the steps was recognised"),
+    ],
+)
+def test_real_loops_over_steps(
+    products: str | None,
+    fence: str,
+    wrong: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if check_kernels.find_cuobjdump(str(NVCC)) is None:
+        pytest.skip("no cuobjdump")
+    text = STEP_KERNEL if products else "__global__ void f(float* x) { x[0] = 1; }\n"
+    file = tmp_path / "rec_group_forward.cu"
+    file.write_text(text.replace("PRODUCTS", products or "").replace("FENCE", fence))
+    status = check_kernels.main([str(file), "--arch", "90a"])
+    printed = capsys.readouterr()
+    if wrong is None:
+        assert (status, printed.err) == (0, "")
+        assert "loops over the steps: 1 were looked at" in printed.out
+    else:
+        assert status == 1 and wrong in printed.err
 
 
 KERNELS = {

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
-from benchmarks.gpu import micro, record, shapes, soak, steps
+from benchmarks.gpu import micro, probe, record, run, shapes, soak, step_times, steps
 from benchmarks.gpu.check_report import report
 from benchmarks.gpu.records import DEVICE_LOST, FAMILIES, REFUSAL, read_records, soak_passed
 from benchmarks.gpu.steps import Step, StepResult
 from benchmarks.gpu.toolkit import find_tool
+from lstm_cuda import ops
 
 without_device = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 CPU = torch.device("cpu")
@@ -41,6 +42,19 @@ def test_families_are_forced_in_turn(tmp_path: Path) -> None:
     found = steps.of_part("tests", tmp_path)
     assert [step.environment["LSTM_CUDA_KERNEL"] for step in found] == ["", *FAMILIES]
     assert all("gpu" in step.shown() for step in found)
+
+
+def test_families_are_measured_apart_from_the_grid(tmp_path: Path) -> None:
+    grid, forced = steps.of_part("bench", tmp_path)
+    assert f"--out {tmp_path} " in grid.shown() and "--kernel" not in grid.shown()
+    assert f"--out {tmp_path / 'families'} " in forced.shown()
+    assert f"--kernel {' '.join(FAMILIES)} " in forced.shown()
+    assert forced.log_name != grid.log_name
+    run._parse(forced.command(60)[5:])  # type: ignore[misc]
+
+
+def test_families_are_those_that_there_are() -> None:
+    assert tuple(ops._C.kernel_families()) == FAMILIES
 
 
 def test_every_sanitizer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,10 +84,10 @@ def test_a_build_needs_a_setuptools_that_reads_the_project(monkeypatch: pytest.M
 
 
 def test_a_program_knows_when_to_end(tmp_path: Path) -> None:
-    (bench,) = steps.of_part("bench", tmp_path, resume=True)
-    assert "--budget-s 275 --resume" in bench.shown(300)
-    (bench,) = steps.of_part("bench", tmp_path)
-    assert bench.shown(300).endswith("--budget-s 275")
+    for bench in steps.of_part("bench", tmp_path, resume=True):
+        assert "--budget-s 275 --resume" in bench.shown(300)
+    for bench in steps.of_part("bench", tmp_path):
+        assert bench.shown(300).endswith("--budget-s 275")
     (repetition,) = steps.of_part("soak", tmp_path)
     assert repetition.shown(100).endswith("--budget-s 85")
 
@@ -355,7 +369,7 @@ def test_without_a_device_it_says_what_it_would_do(
 
 @without_device
 def test_programs_without_a_device(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for program in (micro, record, soak):
+    for program in (micro, probe, record, soak, step_times):
         assert program.main(["--out", str(tmp_path / "new")]) == 2
         assert "no CUDA device" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

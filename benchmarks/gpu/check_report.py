@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import summary
-from .records import FAMILIES, read_records, soak_passed
+from .records import FAMILIES, STEP_TIMES, read_records, soak_passed
 from .steps import StepResult, outcome
 from .summary import write_summary
 
 
 def write_report(out: Path, device: object, results: Sequence[StepResult]) -> None:
     """Writes check.md, and gpu.md anew: a benchmark that was cut off has not written it."""
-    if (out / "gpu.jsonl").exists():
-        write_summary(out)
+    for folder in (out, out / "families"):
+        if (folder / "gpu.jsonl").exists():
+            write_summary(folder)
     (out / "check.md").write_text(report(out, device, results))
 
 
@@ -55,9 +56,20 @@ def _soak(out: Path) -> str:
 
 
 def _micro(out: Path) -> str:
-    found = read_records(out / "micro.jsonl")
+    found = [*read_records(out / "micro.jsonl"), *read_records(out / "probe.jsonl")]
     rows = [(f"{r['name']}, {r['unit']}", f"{r['median']:.4g}") for r in found]
-    return "## Rates and delays\n\n" + summary.table(("what", "median"), rows) if rows else ""
+    text = "## Rates and delays\n\n" + summary.table(("what", "median"), rows) if rows else ""
+    return "\n\n".join(part for part in (text, _step_times(out)) if part)
+
+
+def _step_times(out: Path) -> str:
+    names = ("family", "arithmetic", "padded_hidden", "columns", "backward")
+    rows = [
+        [str(r[name]) for name in names]
+        + [r["error"].replace("|", "/") if r["error"] else f"{r['median']:.3f}"]
+        for r in read_records(out / STEP_TIMES)
+    ]
+    return "## Steps, us\n\n" + summary.table((*names, "median"), rows) if rows else ""
 
 
 def _bench(out: Path) -> str:
@@ -69,6 +81,8 @@ def _bench(out: Path) -> str:
         r for r in records if r["comparison"] is not None and r["comparison"]["verdict"] == "slower"
     ]
     text = f"## Benchmarks\n\n{measured} of {len(records)} results; all of them are in gpu.md."
+    if (out / "families" / "gpu.md").exists():
+        text += " With each family forced: families/gpu.md."
     if slower:
         rows = [
             (r["name"], r["precision"], r["mode"], f"{r['comparison']['ratio']['median']:.2f}")

@@ -8,8 +8,9 @@ from typing import Any
 
 Record = dict[str, Any]
 
-FAMILIES = ("rec_cta", "rec_step")  # of kernels; forced in turn
+FAMILIES = ("rec_cta", "rec_cluster", "rec_group", "rec_step")  # of kernels; forced in turn
 REFUSAL = "cannot run a layer of"  # in the message where a forced family does not fit the problem
+STEP_TIMES = "step-times.jsonl"  # what step_times writes
 TEST_LOG = "LSTM_CUDA_TEST_LOG"  # environment variable: where pytest_log writes
 TESTS_FINISHED = "finished"  # in the last line there, if the tests were not cut off
 DEVICE_LOST = 3  # exit status of a benchmark that can go on only in a new process

@@ -155,7 +155,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=["auto"],
         metavar="FAMILY",
-        help='kernel families to force in turn, as rec_cta rec_step; default "auto"',
+        help='kernel families to force in turn, as rec_cluster rec_group; default "auto"',
     )
     add("--budget-s", type=float, default=480.0, help="start nothing after this; default 480")
     add("--pair-s", type=float, default=0.25, help="time for one comparison; default 0.25")

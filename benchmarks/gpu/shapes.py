@@ -1,6 +1,6 @@
 """Small problems through every kernel family: what the sanitizers watch.
 
-    python -m benchmarks.gpu.shapes [--families auto rec_cta rec_step] [--device cpu]
+    python -m benchmarks.gpu.shapes [--families auto rec_cta rec_group] [--device cpu]
 
 Every precision, direction and option, at sizes of one, of odd numbers and of a few tiles, at most
 five steps; forward, and forward with backward. Results are compared with float64 on the CPU.
@@ -28,7 +28,8 @@ from .grid import PRECISIONS, Precision
 from .measure import forced
 from .records import FAMILIES, REFUSAL
 
-SIZES = ((5, 3, 4, 33), (4, 17, 8, 64), (1, 2, 5, 1), (2, 1, 3, 7), (3, 9, 5, 100))  # T, B, I, H
+# T, B, I, H. The last is of several blocks in every family with resident weights.
+SIZES = ((5, 3, 4, 33), (4, 17, 8, 64), (1, 2, 5, 1), (2, 1, 3, 7), (3, 9, 5, 100), (4, 20, 5, 200))
 DIRECTIONS = ("forwards", "backwards", "both")
 OPTIONS = ("plain", "no state", "boundaries", "projected")
 ALL_PRECISIONS = (*PRECISIONS.values(), Precision("fp64", "float64", False, None, 1e12))

@@ -27,8 +27,8 @@ from ..workloads import DTYPES
 from .measure import describe, forced
 from .records import FAMILIES, REFUSAL, Record, soak_passed
 
-# T, B, I, H: for one block, for several tiles of the batch, for a wide layer.
-SIZES = ((500, 16, 32, 64), (500, 37, 48, 100), (200, 64, 256, 512))
+# T, B, I, H: for one block, for several tiles of the batch, for wide layers.
+SIZES = ((500, 16, 32, 64), (500, 37, 48, 100), (200, 64, 256, 512), (200, 40, 128, 1000))
 
 
 @dataclass

@@ -261,10 +261,14 @@ def judge_sanitizer(status: int, log: str) -> tuple[bool, str]:
 
 def _micro(out: Path) -> list[Step]:
     command = _module("benchmarks.gpu.micro", "--out", str(out))
+    probe = _module("benchmarks.gpu.probe", "--out", str(out))
     record = _module("benchmarks.gpu.record", "--out", str(out))
+    times = _module("benchmarks.gpu.step_times", "--out", str(out))
     return [
         Step("micro", "rates and delays", lambda limit_s: command),
+        Step("micro", "launches", lambda limit_s: probe, weight=0.5, limit_s=30),  # compiles
         Step("micro", "the emulation's kernels", lambda limit_s: record, limit_s=60),  # compiles
+        Step("micro", "step times", lambda limit_s: times, limit_s=90),
     ]
 
 
@@ -277,10 +281,22 @@ def _soak(out: Path) -> list[Step]:
 
 
 def _bench(out: Path, resume: bool) -> list[Step]:
-    def command(limit_s: float) -> list[str]:
-        # The summary is written after the budget, and the last point may take some seconds.
-        arguments = ["--out", str(out), "--budget-s", str(max(5, int(limit_s - 25)))]
-        arguments += ["--resume"] if resume else []
-        return _module("benchmarks", "--device", "cuda", *arguments)
+    """The grid with the free choice of a kernel; then families in turn, while there is time."""
 
-    return [Step("bench", "grid", command, weight=8, again=DEVICE_LOST)]
+    def command(limit_s: float, folder: Path, *options: str) -> list[str]:
+        # The summary is written after the budget, and the last point may take some seconds.
+        arguments = ["--out", str(folder), "--budget-s", str(max(5, int(limit_s - 25)))]
+        arguments += ["--resume"] if resume else []
+        return _module("benchmarks", "--device", "cuda", *options, *arguments)
+
+    forced = ["--workloads", "square", "--no-graphs", "--pair-s", "0.1", "--kernel", *FAMILIES]
+    return [
+        Step("bench", "grid", lambda limit_s: command(limit_s, out), weight=8, again=DEVICE_LOST),
+        Step(
+            "bench",
+            "families",
+            lambda limit_s: command(limit_s, out / "families", *forced),
+            weight=3,
+            again=DEVICE_LOST,
+        ),
+    ]

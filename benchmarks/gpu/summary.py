@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from .records import Record, read_records
+from .records import REFUSAL, Record, read_records
 
 
 def write_summary(out: Path) -> None:
@@ -160,7 +160,7 @@ def shape(record: Record) -> str:
 
 def families(record: Record) -> str:
     """The kernel families that ran, from the plan in words."""
-    found = re.findall(r"kernel=(\w+)", record.get("plan", ""))
+    found = re.findall(r"(?:forward|backward): (\w+), ", record.get("plan", ""))
     return ", ".join(dict.fromkeys(found)) or "-"
 
 
@@ -203,7 +203,7 @@ def _families(records: Sequence[Record]) -> str:
 def _failures(records: Sequence[Record]) -> str:
     rows = []
     for r in records:
-        if r["error"]:
+        if r["error"] and REFUSAL not in r["error"]:  # a forced family that does not fit
             wrong = "; ".join(r.get("check", {}).get("failures", ())[:3])
             text = f"{r['error']}: {wrong}" if wrong else r["error"]
             rows.append((r["name"], r["precision"], r["mode"], r["kernel"], text.replace("|", "/")))
