@@ -181,11 +181,12 @@ void run(Call& call, bool allow_tf32, const Context& context) {
   const LayerShape& shape = call.in.shape;
   CudaDevice device;
   check(cuda_device(context.index, device));
-  for (;;) {
+  for (int refused_now = 0;;) {
     CudaRequest request = cuda_request(context.index, allow_tf32, Call::kBackward);
     // Nobody has shown that cooperative launches can be captured.
     const bool recorded = capturing(context.stream);
     if (recorded) request.refused |= 1 << int(Family::rec_group);
+    request.refused |= refused_now;
     const CudaPlan plan = plan_cuda(shape, request, device);
     STD_TORCH_CHECK(plan.possible, "lstm_cuda: ", name_of(plan.family),
                     " cannot run a layer of H=", shape.H, ", P=", shape.P,
@@ -194,6 +195,7 @@ void run(Call& call, bool allow_tf32, const Context& context) {
     if (status.ok()) return;
     if (request.forced >= 0 || plan.family == Family::rec_step) check(status);
     remember_refusal(context.index, plan.family);
+    refused_now |= 1 << int(plan.family);
     if (keeps_weights(plan.family)) call.undo_resident();
   }
 }

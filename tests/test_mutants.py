@@ -731,16 +731,6 @@ MUTANTS = [
         order="random 1",
     ),
     group(
-        "partial_sums_at_one_barrier",
-        "resident_team.cuh",
-        "1 + unsigned(step % 2 * F::kGroups + group)",
-        "1 + unsigned(group)",
-        "plain",
-        "tf32",
-        BUSY,
-        order="random 3",
-    ),
-    group(
         "sums_of_all_uses_alike",
         "reduce_group.cuh",
         "step / 2 % 2 ? 0 : 1",

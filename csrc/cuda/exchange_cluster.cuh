@@ -29,6 +29,7 @@ class ClusterExchange {
 
  public:
   static constexpr Family kFamily = Family::rec_cluster;
+  static constexpr bool kOrders = true;  // memory, when h is received
   static constexpr std::size_t kSharedBytes = 2 * kBuffer * 16 + 2 * kBars * 8;
 
   LSTM_DEVICE ClusterExchange(ptx::Shared& shared, uint32_t*, const WarpRole<F>& role)

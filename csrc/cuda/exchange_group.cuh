@@ -27,6 +27,7 @@ class GroupExchange {
 
  public:
   static constexpr Family kFamily = Family::rec_group;
+  static constexpr bool kOrders = false;  // memory, when h is received
   static constexpr std::size_t kSharedBytes = 0;
   static constexpr int64_t kWords = 2 * kSlotWords;  // of a group
   static_assert(kWords == group_words(F::arithmetic, F::shape, F::kTiles, false));

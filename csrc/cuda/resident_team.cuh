@@ -2,9 +2,11 @@
 // on tensor cores, depth split among warps that add up through shared memory. The Exchange is how h
 // travels.
 //
-// Partial sums: [2 steps][warp][pair], and a named barrier of the row group, at which warps that own no
-// pair only arrive. A warp may be one step ahead of its row group, but not two, since it needs the
-// group's h: so there are two buffers and two barriers, used in turn.
+// Partial sums: [2 steps][warp][pair], and a named barrier of the row group. In a cluster, warps that own
+// no pair only arrive there: such a warp may be one step ahead of its row group, but not two, since it
+// waits for the group's h, and so for those who read its sums; hence two buffers and two barriers, used
+// in turn. In a group, h comes as words that order nothing, so all wait at the barrier: that of the next
+// step ends the reads of this one's sums.
 // There is no product in the first step: h0 is in gates_x already (families.h).
 #pragma once
 
@@ -14,7 +16,8 @@
 namespace lstm_cuda::resident {
 
 // Sums over the depth, of which each warp of a row group has a part.
-template <class F>
+// ordered: to have received h of a step means that everything its senders read before has been read.
+template <class F, bool ordered>
 class Partials {
   static constexpr bool kKeepsOwn = F::kOwners <= 2;  // else choosing takes longer than storing
 
@@ -47,11 +50,12 @@ class Partials {
         }
       }
       const unsigned barrier = 1 + unsigned(step % 2 * F::kGroups + group);
-      if (split >= F::kOwners) {
+      if (ordered && split >= F::kOwners) {
         ptx::named_arrive(barrier, 32 * F::kSplit);  // this warp's sums are there
         return;
       }
       ptx::named_sync(barrier, 32 * F::kSplit);  // all warps' sums are there
+      if (split >= F::kOwners) return;
       LSTM_UNROLL
       for (int i = 0; i < F::kOwned * 2; ++i) {
         const int j = i / 2 * F::kOwners + split;
@@ -92,6 +96,7 @@ class Partials {
 template <class F, template <class> class ExchangeOf>
 class Team {
   using Exchange = ExchangeOf<F>;
+  using Partials = resident::Partials<F, Exchange::kOrders>;
   static constexpr int kRows = F::fragments.row_tiles();
   using Held = Weights<F::kParts, kRows, F::kSteps, 0, F::shape.shared_forward>;
   static_assert(2 * F::kGroups < 16, "barriers of a block");
@@ -102,7 +107,7 @@ class Team {
   static constexpr bool kTakesState = false;
 
   static constexpr std::size_t kSharedBytes = Exchange::kSharedBytes +
-                                              Partials<F>::kPieces * sizeof(float4) +
+                                              Partials::kPieces * sizeof(float4) +
                                               F::shape.warps * Held::kPieces * 16;
   struct Source {
     PackedWeights weights;
@@ -152,7 +157,7 @@ class Team {
  private:
   WarpRole<F> role_;
   Exchange exchange_;
-  Partials<F> partials_;
+  Partials partials_;
   Held weights_;
   float unscale_[F::kOwned][4];
 };

@@ -24,10 +24,10 @@ const Case kClusterCases[] = {
 const Case kGroupCases[] = {
     {5, 9, 1, 512, 0, 1, true, true, true, true, Inputs::usual, 1, 2},
     {3, 20, 1, 401, 0, 0, true, false, true, true, Inputs::usual, 2, 1},
-    {3, 30, 1, 760, 0, 0, true, true, true, true, Inputs::usual, 4, 1},
-    {3, 9, 1, 1024, 0, 0, false, true, true, true, Inputs::usual, 1, 2},
-    {3, 9, 1, 1000, 0, 0, true, false, false, true, Inputs::usual, 2, 1},
-    {3, 7, 1, 2048, 0, 0, false, false, true, true, Inputs::usual, 1, 1},
+    {2, 10, 1, 760, 0, 0, false, true, true, true, Inputs::usual, 4, 1},
+    {3, 5, 1, 1024, 0, 0, true, true, true, true, Inputs::usual, 1, 1},
+    {2, 11, 1, 1000, 0, 0, true, false, false, true, Inputs::usual, 2, 1},
+    {2, 3, 1, 2048, 0, 0, false, false, true, true, Inputs::usual, 1, 1},
 };
 
 // The plan that the tables give, whatever the planner would say.

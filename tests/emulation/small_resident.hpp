@@ -28,10 +28,10 @@ std::optional<Kernels> small_kernels(Arithmetic arithmetic, const LayerShape& la
 
 // Cases whose hidden size is at most 128, and at most 256; of 4 column tiles, and of 2.
 inline constexpr Case kSmallCases[] = {
-    {7, 9, 2, 120, 0, 2, true, true, true, true},
+    {7, 11, 2, 120, 0, 2, true, true, true, true},
     {6, 6, 1, 101, 0, 1, false, true, false, true},
     {7, 11, 1, 250, 0, 0, true, false, true, true, Inputs::usual, 2},
-    {6, 21, 2, 200, 0, 1, false, true, true, false, Inputs::usual, 2, 2},
+    {6, 17, 1, 200, 0, 1, false, true, true, false, Inputs::usual, 2},
     {6, 30, 1, 128, 0, 0, true, true, true, true, Inputs::usual, 4},
     {3, 3, 1, 97, 0, 0, false, false, true, true, Inputs::weights_differ},
     {3, 3, 1, 97, 0, 0, false, false, true, true, Inputs::tiny_weights},
