@@ -7,6 +7,9 @@ a test is missing, or that what it took away was not needed.
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -805,9 +808,19 @@ def noticed(mutant: Mutant) -> str | None:
     return done.stdout + done.stderr if done.returncode else None
 
 
+@pytest.fixture(scope="module")
+def verdicts(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[str | None]]]:
+    """What `noticed` says of the mutants to be tested, by name; as many at once as processors."""
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    wanted = [p.params["mutant"] for p in parameters if p is not None and "mutant" in p.params]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {mutant.name: pool.submit(noticed, mutant) for mutant in wanted}
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
-def test_a_mutant_is_noticed(mutant: Mutant) -> None:
-    assert noticed(mutant)
+def test_a_mutant_is_noticed(mutant: Mutant, verdicts: dict[str, Future[str | None]]) -> None:
+    assert verdicts[mutant.name].result()
 
 
 @pytest.mark.parametrize(
