@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, reference
+from .layer import fused_layer
 from .packed import PackedWeights
 from .reference import PLAIN, Cell, check_probability
 from .stack import run_stack, wavefront_chunks
@@ -144,61 +145,39 @@ def fused_lstm(
     def between(y: Tensor) -> Tensor:
         return F.dropout(y, dropout) if training and dropout > 0 else y
 
-    if fused:
-        chunks = wavefront_chunks(x, weights, D, reversed)
-        x, h_n, c_n, cells = run_stack(
-            x, weights, h0, c0, lengths, reset, reversed, D, return_cells, between, chunks,
-            packed if dtype is None else None,
-        )  # fmt: skip
-    else:
-        x, h_n, c_n, cells = _run_reference(
-            x, weights, h0, c0, lengths, reset, reversed, D, between, cell, peephole, layer_norm,
+    kept = packed if dtype is None else None
+
+    def layer(
+        k: int,
+        x: Tensor,
+        rows: Sequence[Sequence[Tensor]],
+        h: Tensor | None,
+        c: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if fused:
+            wanted = return_cells and k == L - 1
+            places = None if kept is None else kept[k]
+            return fused_layer(x, rows, h, c, lengths, reset, reversed, wanted, places)
+        mine = slice(k * D, k * D + D)
+        return reference.lstm_layer(
+            x, rows, h, c, lengths, reset, reversed, cell,
+            None if peephole is None else peephole[mine],
+            None if layer_norm is None else layer_norm[mine],
             training,
         )  # fmt: skip
+
+    chunks = wavefront_chunks(x, weights, D, reversed) if fused else 1
+    x, h_n, c_n, cells = run_stack(
+        layer, x, weights, h0, c0, lengths, reset, D, return_cells, between, chunks
+    )
     output = x.transpose(0, 1) if batch_first else x
     state = (h_n[0], c_n[0]) if L == 1 else (torch.cat(h_n), torch.cat(c_n))
     if not return_cells:
         return output, state
     cells = cells.flatten(2).to(x.dtype)
     return output, state, cells.transpose(0, 1) if batch_first else cells
-
-
-def _run_reference(
-    x: Tensor,
-    weights: Sequence[Sequence[Tensor]],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reversed: int,
-    D: int,
-    between: Callable[[Tensor], Tensor],
-    cell: Cell,
-    peephole: Sequence[Sequence[Tensor]] | None,
-    layer_norm: Sequence[Sequence[Tensor]] | None,
-    training: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    """``stack.run_stack`` on the reference, with the cell's options."""
-    h_n: list[Tensor] = []
-    c_n: list[Tensor] = []
-    for start in range(0, len(weights), D):
-        mine = slice(start, start + D)
-        x, h, c, cells = reference.lstm_layer(
-            between(x) if start > 0 else x,
-            weights[mine],
-            None if h0 is None else h0[mine],
-            None if c0 is None else c0[mine],
-            lengths,
-            reset,
-            reversed,
-            cell,
-            None if peephole is None else peephole[mine],
-            None if layer_norm is None else layer_norm[mine],
-            training,
-        )
-        h_n.append(h)
-        c_n.append(c)
-    return x, h_n, c_n, cells
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

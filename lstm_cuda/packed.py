@@ -39,13 +39,12 @@ class PackedWeights:
             )
             if same:
                 return packed, layout
-        if x.device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                return None, 0  # what is made now would be there only after a replay
-            packed = ops.pack_weights(w_hh, layout)
+        cuda = x.device.type == "cuda"
+        if cuda and torch.cuda.is_current_stream_capturing():
+            return None, 0  # what is made now would be there only after a replay
+        packed = ops.pack_weights(w_hh, layout)
+        if cuda:
             torch.cuda.current_stream(x.device).synchronize()  # other streams may use it next
-        else:
-            packed = ops.pack_weights(w_hh, layout)
         self._made[layout] = (now, packed)
         return packed, layout
 

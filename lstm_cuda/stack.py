@@ -1,4 +1,4 @@
-"""Layer upon layer on the fused op; on CUDA, where it pays, in a wavefront."""
+"""Layer upon layer; with the fused op on CUDA, where it pays, in a wavefront."""
 
 from __future__ import annotations
 
@@ -10,8 +10,21 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .layer import fused_layer, tf32_allowed
-from .packed import PackedWeights
+from .layer import tf32_allowed
+
+# Its number, x, weights of D recurrences, h0, c0, lengths, reset -> y, h_n, c_n, cells.
+Layer = Callable[
+    [
+        int,
+        Tensor,
+        Sequence[Sequence[Tensor]],
+        Tensor | None,
+        Tensor | None,
+        Tensor | None,
+        Tensor | None,
+    ],
+    tuple[Tensor, Tensor, Tensor, Tensor],
+]
 
 
 def wavefront_chunks(x: Tensor, weights: Sequence[Sequence[Tensor]], D: int, reversed: int) -> int:
@@ -42,57 +55,52 @@ def wavefront_chunks(x: Tensor, weights: Sequence[Sequence[Tensor]], D: int, rev
 
 
 def run_stack(
+    layer: Layer,
     x: Tensor,
     weights: Sequence[Sequence[Tensor]],
     h0: Tensor | None,
     c0: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
-    reversed: int,
     D: int,
     cells: bool,
     between: Callable[[Tensor], Tensor],
     chunks: int = 1,
-    packed: Sequence[PackedWeights] | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """All layers of a stack.
 
     Args:
-        x ... reversed: as for ``layer.fused_layer``; ``weights``, ``h0`` and ``c0`` of all layers.
+        layer: runs the layer of a number.
+        x ... reset: as for ``reference.lstm_layer``; ``weights``, ``h0`` and ``c0`` of all layers.
         D: recurrences of a layer.
         cells: the cell states of the last layer are wanted.
         between: what is done to the output of each layer but the last (dropout).
         chunks: of time, at most T; more than one only with one recurrence that runs forwards.
-        packed: where each layer's packed weights are kept, or None.
 
     Returns:
         output [T, B, D*P]; h_n and c_n [D, B, ...] of each layer; cells, meaningless unless asked
         for.
     """
     L = len(weights) // D
-    rows = [weights[layer * D : (layer + 1) * D] for layer in range(L)]
-    kept: Sequence[PackedWeights | None] = [None] * L if packed is None else packed
+    rows = [weights[k * D : (k + 1) * D] for k in range(L)]
     h = [None if h0 is None or L == 1 else h0[k * D : (k + 1) * D] for k in range(L)]
     c = [None if c0 is None or L == 1 else c0[k * D : (k + 1) * D] for k in range(L)]
     if L == 1:
         h, c = [h0], [c0]
-    if chunks == 1:
-        h_n, c_n = [], []
-        for layer in range(L):
-            last = layer == L - 1
-            x, h_last, c_last, states = fused_layer(
-                x, rows[layer], h[layer], c[layer], lengths, reset, reversed, cells and last,
-                kept[layer],
-            )  # fmt: skip
-            h_n.append(h_last)
-            c_n.append(c_last)
-            if not last:
-                x = between(x)
-        return x, h_n, c_n, states
-    return _wavefront(x, rows, h, c, lengths, reset, cells, between, chunks, kept)
+    if chunks > 1:
+        return _wavefront(layer, x, rows, h, c, lengths, reset, cells, between, chunks)
+    h_n, c_n = [], []
+    for k in range(L):
+        x, h_last, c_last, states = layer(
+            k, between(x) if k > 0 else x, rows[k], h[k], c[k], lengths, reset
+        )
+        h_n.append(h_last)
+        c_n.append(c_last)
+    return x, h_n, c_n, states
 
 
 def _wavefront(
+    layer: Layer,
     x: Tensor,
     rows: list[Sequence[Sequence[Tensor]]],
     h: list[Tensor | None],
@@ -102,7 +110,6 @@ def _wavefront(
     cells: bool,
     between: Callable[[Tensor], Tensor],
     chunks: int,
-    kept: Sequence[PackedWeights | None],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """Each layer on a stream of its own, in chunks of time; backward follows the same streams."""
     T, L = x.shape[0], len(rows)
@@ -111,19 +118,16 @@ def _wavefront(
     below: list[list[Tensor]] = [[x[a:b] for a, b in pairwise(bounds)]]
     below += [[] for _ in range(L)]
     states: list[Tensor] = []
-    for layer, k in _diagonals(L, chunks):
+    for n, k in _diagonals(L, chunks):
         start, end = bounds[k], bounds[k + 1]
-        last = layer == L - 1
-        with streams.of(layer):
-            part = below[layer][k]
+        with streams.of(n):
+            part = below[n][k]
             own_lengths = None if lengths is None else (lengths - start).clamp(0, end - start)
             own_reset = None if reset is None else reset[start:end]
-            streams.use(layer, part, own_reset, h[layer], c[layer])
-            y, h[layer], c[layer], c_all = fused_layer(
-                part, rows[layer], h[layer], c[layer], own_lengths, own_reset, 0, cells and last,
-                kept[layer],
-            )  # fmt: skip
-            below[layer + 1].append(y if last else between(y))
+            streams.use(n, part, own_reset, h[n], c[n])
+            y, h[n], c[n], c_all = layer(n, part, rows[n], h[n], c[n], own_lengths, own_reset)
+            last = n == L - 1
+            below[n + 1].append(y if last else between(y))
             if last:
                 states.append(c_all)
     streams.join([*below[L], *states, *(t for t in (*h, *c) if t is not None)])

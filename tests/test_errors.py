@@ -155,7 +155,7 @@ def test_call(case: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: object) -> None:
         raise AssertionError("work was done")
 
-    monkeypatch.setattr("lstm_cuda.stack.fused_layer", work)
+    monkeypatch.setattr("lstm_cuda.functional.fused_layer", work)
     monkeypatch.setattr("lstm_cuda.reference.lstm_layer", work)
     with pytest.raises(error, match=message):
         lstm(*args, **kwargs)

@@ -15,13 +15,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
-
 from ..environment import CudaEnvironment
 from ..results import ResultsFile
-from .record import ROOT
 from .records import Record
-from .toolkit import find_tool
+from .toolkit import ROOT, compiled
 
 SOURCE = ROOT / "benchmarks" / "gpu" / "probe.cu"
 
@@ -60,17 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Asks a GPU what it can launch.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("error: no CUDA device", file=sys.stderr)
+    program = compiled("probe", compile_command)
+    if program is None:
         return 2
-    nvcc = find_tool("nvcc")
-    if nvcc is None:
-        print("error: no nvcc; install a CUDA toolkit, or set CUDA_HOME to it", file=sys.stderr)
-        return 2
-    program = ROOT / "build" / "probe"
-    program.parent.mkdir(exist_ok=True)
-    capability = torch.cuda.get_device_capability()
-    subprocess.run(compile_command(nvcc, capability, program), check=True)
     done = subprocess.run([str(program)], stdout=subprocess.PIPE, text=True, timeout=60)
     found = read_answers(done.stdout)
     file = ResultsFile(options.out / "probe.jsonl", CudaEnvironment.current())

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-from .toolkit import find_tool
+from .toolkit import ROOT, compiled
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 EMULATION = ROOT / "tests" / "emulation"
 RECORDER = EMULATION / "record.cu"
 
@@ -44,17 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Records small kernels on a GPU.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("error: no CUDA device", file=sys.stderr)
+    program = compiled("record", compile_command)
+    if program is None:
         return 2
-    nvcc = find_tool("nvcc")
-    if nvcc is None:
-        print("error: no nvcc; install a CUDA toolkit, or set CUDA_HOME to it", file=sys.stderr)
-        return 2
-    program = ROOT / "build" / "record"
-    program.parent.mkdir(exist_ok=True)
-    capability = torch.cuda.get_device_capability()
-    subprocess.run(compile_command(nvcc, capability, program), check=True)
     name = file_name(torch.cuda.get_device_name())
     file = options.out / "recorded" / name
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -23,9 +23,8 @@ from .records import (
     Record,
     read_records,
 )
-from .toolkit import find_tool
+from .toolkit import ROOT, find_tool
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 PARTS = ("tests", "sanitize", "micro", "soak", "bench")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZER_FOUND = 9  # exit status

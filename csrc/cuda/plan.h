@@ -68,7 +68,7 @@ constexpr int64_t kCtaSharedBytes = 99 * 1024;
 // block may have on compute capability 9.0, 8.0 or 8.6. The kernels hold this against what they take.
 constexpr int64_t resident_shared_bytes(Family family, Arithmetic arithmetic,
                                         const ResidentShape& shape, int column_tiles) {
-  constexpr int64_t kOf90 = 227 * 1024, kOf80 = 163 * 1024, kOf86 = 99 * 1024;
+  constexpr int64_t kOf90 = kResidentSharedBytes, kOf80 = 163 * 1024, kOf86 = 99 * 1024;
   const bool partly_shared = shape.shared_forward > 0 || shape.shared_backward > 0;
   if (family == Family::rec_cluster || partly_shared) return kOf90;
   if (column_tiles <= 2) return kOf86;

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "resident.cuh"
+#include "scale.cuh"
 
 namespace lstm_cuda::resident {
 
@@ -119,10 +120,9 @@ class Operand {
         pieces_ + step % kBuffers * kPieces + tile * F::kSteps / kPerPiece * 32 + place(lane());
     float scale = 1;
     if constexpr (F::kScaled) {
-      const uint32_t exponent = column_size(step, tile) >> 23;
-      const uint32_t inverse = larger(exponent, 15) - 14;
-      scale = float_of((254 - inverse) << 23);
-      const float unscale = float_of(inverse << 23);
+      const int exponent = scale_exponent(column_size(step, tile));
+      scale = power_of_two(exponent);
+      const float unscale = power_of_two(-exponent);
       all.unscale[0] = ptx::shuffle(unscale, unsigned(lane() % 4 * 8));
       all.unscale[1] = ptx::shuffle(unscale, unsigned(lane() % 4 * 8 + 4));
     }

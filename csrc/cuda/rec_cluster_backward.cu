@@ -7,17 +7,12 @@ namespace lstm_cuda {
 Status rec_cluster_backward(const RecurrenceBackward& p, const CudaPlan& plan,
                             const PackedWeights& weights, Stream stream) {
   constexpr const char* kName = "rec_cluster_backward";
-  Status status = resident::check(kName, p.shape, plan);
-  if (!status.ok()) return status;
-  const auto start = [&]<Arithmetic arithmetic, ResidentShape shape, int tiles>() {
+  const auto start = [&]<Arithmetic arithmetic, ResidentShape shape, int tiles>(unsigned parts) {
     using F = resident::BackwardConfig<arithmetic, shape, tiles>;
-    const unsigned parts = unsigned(tiles_of(p.shape, F::kColumns) * p.shape.D);
-    status = resident::start_backward<F, resident::ClusterReduce>(
+    return resident::start_backward<F, resident::ClusterReduce>(
         kName, resident::backward_params(p, weights, nullptr), 0, parts, stream);
   };
-  return resident::by_plan<kClusterShapes, kClusterShapesExact>(plan, start)
-             ? status
-             : resident::unsupported(kName, plan);
+  return resident::launch_planned<kClusterShapes, kClusterShapesExact>(kName, p.shape, plan, start);
 }
 
 }  // namespace lstm_cuda

@@ -7,17 +7,12 @@ namespace lstm_cuda {
 Status rec_cluster_forward(const RecurrenceForward& p, const CudaPlan& plan,
                            const PackedWeights& weights, Stream stream) {
   constexpr const char* kName = "rec_cluster_forward";
-  Status status = resident::check(kName, p.shape, plan);
-  if (!status.ok()) return status;
-  const auto start = [&]<Arithmetic arithmetic, ResidentShape shape, int tiles>() {
+  const auto start = [&]<Arithmetic arithmetic, ResidentShape shape, int tiles>(unsigned parts) {
     using F = resident::ForwardConfig<arithmetic, shape, tiles>;
-    const unsigned parts = unsigned(tiles_of(p.shape, F::kColumns) * p.shape.D);
     using Team = resident::Team<F, resident::ClusterExchange>;
-    status = resident::start_forward<F, Team>(kName, p, {weights, nullptr}, 0, parts, stream);
+    return resident::start_forward<F, Team>(kName, p, {weights, nullptr}, 0, parts, stream);
   };
-  return resident::by_plan<kClusterShapes, kClusterShapesExact>(plan, start)
-             ? status
-             : resident::unsupported(kName, plan);
+  return resident::launch_planned<kClusterShapes, kClusterShapesExact>(kName, p.shape, plan, start);
 }
 
 }  // namespace lstm_cuda

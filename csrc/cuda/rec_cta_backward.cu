@@ -24,6 +24,53 @@
 namespace lstm_cuda {
 namespace rec_cta {
 
+inline constexpr int kSlots = 4;  // of a ring: inputs are fetched kSlots - 1 steps ahead
+
+// A ring of input rows: for each of kSlots steps one row of up to kWidth values for each column.
+// Threads share out the columns; the 16 bytes between rows keep the columns' banks apart.
+template <class Value, int kWidth, int kThreads>
+struct RowRing {
+  static constexpr int kPerChunk = 16 / sizeof(Value);
+  static constexpr int kPitch = kWidth + kPerChunk;
+  static constexpr int kSlotValues = kColumns * kPitch;
+  static constexpr int kValues = kSlots * kSlotValues;
+  static constexpr int kThreadsOfColumn = kThreads / kColumns;
+
+  Value* values;
+  int width;     // of the rows in global memory
+  bool aligned;  // these begin at multiples of 16 bytes, and so end
+
+  LSTM_DEVICE RowRing(ptx::Shared& shared, const void* rows, int row_width)
+      : values(shared.take<Value>(kValues, 16)),
+        width(row_width),
+        aligned((reinterpret_cast<uintptr_t>(rows) | unsigned(row_width) * sizeof(Value)) % 16 ==
+                0) {}
+
+  static LSTM_DEVICE int column_to_fetch() { return int(ptx::thread_index()) / kThreadsOfColumn; }
+
+  // Begins to copy this thread's share of its column's row; to be waited for like cp.async. Rows
+  // that are not aligned are copied at once.
+  LSTM_DEVICE void fetch(unsigned step, const Value* row) const {
+    Value* to = values + step % kSlots * kSlotValues + column_to_fetch() * kPitch;
+    LSTM_UNROLL
+    for (int i = 0; i < kWidth; i += kThreadsOfColumn * kPerChunk) {
+      const int k = i + int(ptx::thread_index()) % kThreadsOfColumn * kPerChunk;
+      if (k >= width) continue;
+      if (aligned) {
+        ptx::cp_async16(to + k, row + k);
+      } else {
+        LSTM_UNROLL
+        for (int e = 0; e < kPerChunk; ++e)
+          if (k + e < width) to[k + e] = row[k + e];
+      }
+    }
+  }
+
+  LSTM_DEVICE Value at(unsigned step, int column, int k) const {
+    return values[step % kSlots * kSlotValues + column * kPitch + k];
+  }
+};
+
 // Which unit of the warp a row of its product is; k is the gate and unit whose dgates it
 // multiplies.
 template <int kPadded_>
@@ -201,51 +248,20 @@ backward_kernel(LSTM_PARAMETER BackwardParams params) {
   }
 }
 
-template <Arithmetic arithmetic, int kPadded>
-Status start_backward(const BackwardParams& params, Stream stream) {
-  using K = BackwardTraits<arithmetic, kPadded>;
-  const LaunchShape shape{.kernel = "rec_cta_backward",
-                          .blocks = blocks_of(params.problem.shape),
-                          .threads = K::kThreads,
-                          .shared_bytes = K::kSharedBytes};
-  return launch<backward_kernel<K>>(shape, params, stream);
-}
-
 }  // namespace rec_cta
 
 Status rec_cta_backward(const RecurrenceBackward& p, const CudaPlan& plan, Stream stream) {
-  using rec_cta::start_backward;
-  const Status status = rec_cta::check("rec_cta_backward", p.shape, plan);
-  if (!status.ok()) return status;
-  rec_cta::BackwardParams params{
-      p, {}, int(p.shape.D * p.shape.H), p.shape.B * p.shape.D * p.shape.H};
-  for (int64_t d = 0; d < p.shape.D; ++d) params.w_hh[d] = p.w_hh[d];
-  switch (plan.arithmetic) {
-    case Arithmetic::float64:
-      if (plan.padded_hidden == 32) return start_backward<Arithmetic::float64, 32>(params, stream);
-      break;
-    case Arithmetic::float32:
-      if (plan.padded_hidden == 32) return start_backward<Arithmetic::float32, 32>(params, stream);
-      if (plan.padded_hidden == 64) return start_backward<Arithmetic::float32, 64>(params, stream);
-      break;
-    case Arithmetic::tf32:
-      if (plan.padded_hidden == 32) return start_backward<Arithmetic::tf32, 32>(params, stream);
-      if (plan.padded_hidden == 64) return start_backward<Arithmetic::tf32, 64>(params, stream);
-      break;
-    case Arithmetic::float16:
-      if (plan.padded_hidden == 32) return start_backward<Arithmetic::float16, 32>(params, stream);
-      if (plan.padded_hidden == 64) return start_backward<Arithmetic::float16, 64>(params, stream);
-      if (plan.padded_hidden == 128)
-        return start_backward<Arithmetic::float16, 128>(params, stream);
-      break;
-    case Arithmetic::bfloat16:
-      if (plan.padded_hidden == 32) return start_backward<Arithmetic::bfloat16, 32>(params, stream);
-      if (plan.padded_hidden == 64) return start_backward<Arithmetic::bfloat16, 64>(params, stream);
-      if (plan.padded_hidden == 128)
-        return start_backward<Arithmetic::bfloat16, 128>(params, stream);
-      break;
-  }
-  return rec_cta::unsupported("rec_cta_backward", plan);
+  constexpr const char* kName = "rec_cta_backward";
+  const auto start = [&]<Arithmetic arithmetic, int padded>(unsigned parts) {
+    using K = rec_cta::BackwardTraits<arithmetic, padded>;
+    rec_cta::BackwardParams params{
+        p, {}, int(p.shape.D * p.shape.H), p.shape.B * p.shape.D * p.shape.H};
+    for (int64_t d = 0; d < p.shape.D; ++d) params.w_hh[d] = p.w_hh[d];
+    const LaunchShape shape{
+        .kernel = kName, .blocks = parts, .threads = K::kThreads, .shared_bytes = K::kSharedBytes};
+    return launch<rec_cta::backward_kernel<K>>(shape, params, stream);
+  };
+  return rec_cta::launch_planned(kName, p.shape, plan, start);
 }
 
 }  // namespace lstm_cuda

@@ -68,46 +68,19 @@ class Team {
   Product<F::arithmetic, 2, kPadded, kPadded == 128 ? 1 : 2> product_;
 };
 
-template <Arithmetic arithmetic, int kPadded>
-Status start_forward(const RecurrenceForward& p, Stream stream) {
-  constexpr ResidentShape shape{kPadded, 1, kPadded / 8, 1, 0, 0};
-  using F = resident::ForwardConfig<arithmetic, shape, 1>;
-  typename Team<F>::Source source{};
-  for (int64_t d = 0; d < p.shape.D; ++d) source.w_hh[d] = p.w_hh[d];
-  return resident::start_forward<F, Team<F>>("rec_cta_forward", p, source, 0, blocks_of(p.shape),
-                                             stream);
-}
-
 }  // namespace rec_cta
 
 Status rec_cta_forward(const RecurrenceForward& p, const CudaPlan& plan, Stream stream) {
-  using rec_cta::start_forward;
-  const Status status = rec_cta::check("rec_cta_forward", p.shape, plan);
-  if (!status.ok()) return status;
-  switch (plan.arithmetic) {
-    case Arithmetic::float64:
-      if (plan.padded_hidden == 32) return start_forward<Arithmetic::float64, 32>(p, stream);
-      break;
-    case Arithmetic::float32:
-      if (plan.padded_hidden == 32) return start_forward<Arithmetic::float32, 32>(p, stream);
-      if (plan.padded_hidden == 64) return start_forward<Arithmetic::float32, 64>(p, stream);
-      break;
-    case Arithmetic::tf32:
-      if (plan.padded_hidden == 32) return start_forward<Arithmetic::tf32, 32>(p, stream);
-      if (plan.padded_hidden == 64) return start_forward<Arithmetic::tf32, 64>(p, stream);
-      break;
-    case Arithmetic::float16:
-      if (plan.padded_hidden == 32) return start_forward<Arithmetic::float16, 32>(p, stream);
-      if (plan.padded_hidden == 64) return start_forward<Arithmetic::float16, 64>(p, stream);
-      if (plan.padded_hidden == 128) return start_forward<Arithmetic::float16, 128>(p, stream);
-      break;
-    case Arithmetic::bfloat16:
-      if (plan.padded_hidden == 32) return start_forward<Arithmetic::bfloat16, 32>(p, stream);
-      if (plan.padded_hidden == 64) return start_forward<Arithmetic::bfloat16, 64>(p, stream);
-      if (plan.padded_hidden == 128) return start_forward<Arithmetic::bfloat16, 128>(p, stream);
-      break;
-  }
-  return rec_cta::unsupported("rec_cta_forward", plan);
+  constexpr const char* kName = "rec_cta_forward";
+  const auto start = [&]<Arithmetic arithmetic, int padded>(unsigned parts) {
+    constexpr ResidentShape shape{padded, 1, padded / 8, 1, 0, 0};
+    using F = resident::ForwardConfig<arithmetic, shape, 1>;
+    using Team = rec_cta::Team<F>;
+    typename Team::Source source{};
+    for (int64_t d = 0; d < p.shape.D; ++d) source.w_hh[d] = p.w_hh[d];
+    return resident::start_forward<F, Team>(kName, p, source, 0, parts, stream);
+  };
+  return rec_cta::launch_planned(kName, p.shape, plan, start);
 }
 
 }  // namespace lstm_cuda

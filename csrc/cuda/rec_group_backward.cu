@@ -8,22 +8,15 @@ namespace lstm_cuda {
 Status rec_group_backward(const RecurrenceBackward& p, const CudaPlan& plan,
                           const PackedWeights& weights, void* words, Stream stream) {
   constexpr const char* kName = "rec_group_backward";
-  Status status = resident::check(kName, p.shape, plan);
-  if (!status.ok()) return status;
-  const auto start = [&]<Arithmetic arithmetic, ResidentShape shape, int tiles>() {
+  const auto start = [&]<Arithmetic arithmetic, ResidentShape shape, int tiles>(unsigned parts) {
     using F = resident::BackwardConfig<arithmetic, shape, tiles>;
-    const unsigned parts = unsigned(tiles_of(p.shape, F::kColumns) * p.shape.D);
-    const unsigned at_once = unsigned(plan.groups);
-    for (unsigned first = 0; first < parts && status.ok(); first += at_once) {
+    return resident::in_rounds(parts, plan.groups, [&](unsigned first, unsigned count) {
       auto* const own = static_cast<uint32_t*>(words) + first * resident::GroupReduce<F>::kWords;
-      status = resident::start_backward<F, resident::GroupReduce>(
-          kName, resident::backward_params(p, weights, own), first,
-          std::min(at_once, parts - first), stream);
-    }
+      return resident::start_backward<F, resident::GroupReduce>(
+          kName, resident::backward_params(p, weights, own), first, count, stream);
+    });
   };
-  return resident::by_plan<kGroupShapes, kGroupShapesExact>(plan, start)
-             ? status
-             : resident::unsupported(kName, plan);
+  return resident::launch_planned<kGroupShapes, kGroupShapesExact>(kName, p.shape, plan, start);
 }
 
 }  // namespace lstm_cuda

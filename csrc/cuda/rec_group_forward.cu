@@ -13,22 +13,15 @@ int64_t rec_group_words(const LayerShape& shape, const CudaPlan& plan, bool back
 Status rec_group_forward(const RecurrenceForward& p, const CudaPlan& plan,
                          const PackedWeights& weights, void* words, Stream stream) {
   constexpr const char* kName = "rec_group_forward";
-  Status status = resident::check(kName, p.shape, plan);
-  if (!status.ok()) return status;
-  const auto start = [&]<Arithmetic arithmetic, ResidentShape shape, int tiles>() {
+  const auto start = [&]<Arithmetic arithmetic, ResidentShape shape, int tiles>(unsigned parts) {
     using F = resident::ForwardConfig<arithmetic, shape, tiles>;
-    const unsigned parts = unsigned(tiles_of(p.shape, F::kColumns) * p.shape.D);
     using Team = resident::Team<F, resident::GroupExchange>;
-    const unsigned at_once = unsigned(plan.groups);
-    for (unsigned first = 0; first < parts && status.ok(); first += at_once) {
+    return resident::in_rounds(parts, plan.groups, [&](unsigned first, unsigned count) {
       auto* const own = static_cast<uint32_t*>(words) + first * resident::GroupExchange<F>::kWords;
-      status = resident::start_forward<F, Team>(kName, p, {weights, own}, first,
-                                                std::min(at_once, parts - first), stream);
-    }
+      return resident::start_forward<F, Team>(kName, p, {weights, own}, first, count, stream);
+    });
   };
-  return resident::by_plan<kGroupShapes, kGroupShapesExact>(plan, start)
-             ? status
-             : resident::unsupported(kName, plan);
+  return resident::launch_planned<kGroupShapes, kGroupShapesExact>(kName, p.shape, plan, start);
 }
 
 }  // namespace lstm_cuda

@@ -1,12 +1,13 @@
-// What kernels with resident weights share: operands of products, weights, sums.
+// What kernels with resident weights share: operands of products, weights, sums, and launches.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
 #include "element.cuh"
+#include "launcher.cuh"
 #include "pack.h"
-#include "part.cuh"
 
 namespace lstm_cuda::resident {
 
@@ -121,63 +122,54 @@ class Weights {
   uint4* shared_ = nullptr;
 };
 
-// Calls start<arithmetic, shape, tiles>() for the compiled kernel that the plan asks for. False if there
-// is none.
+// What start<arithmetic, shape, tiles>(parts) gives for the compiled kernel that the plan asks for, or
+// nothing.
 template <Arithmetic arithmetic, const auto& shapes, class Start>
-bool by_shape(const CudaPlan& plan, Start start) {
+std::optional<Status> start_by_shape(const CudaPlan& plan, unsigned parts, Start start) {
+  std::optional<Status> started;
   const auto with_tiles = [&]<ResidentShape shape>() {
     constexpr int most = most_tiles(arithmetic, shape);
-    if (plan.column_tiles == 1) return start.template operator()<arithmetic, shape, 1>(), true;
+    if (plan.column_tiles == 1) started = start.template operator()<arithmetic, shape, 1>(parts);
     if constexpr (most >= 2)
-      if (plan.column_tiles == 2) return start.template operator()<arithmetic, shape, 2>(), true;
+      if (plan.column_tiles == 2) started = start.template operator()<arithmetic, shape, 2>(parts);
     if constexpr (most == 4)
-      if (plan.column_tiles == 4) return start.template operator()<arithmetic, shape, 4>(), true;
-    return false;
+      if (plan.column_tiles == 4) started = start.template operator()<arithmetic, shape, 4>(parts);
   };
-  return [&]<std::size_t... i>(std::index_sequence<i...>) {
-    return (... || (plan.resident.hidden == shapes[i].hidden &&
-                    with_tiles.template operator()<shapes[i]>()));
+  [&]<std::size_t... i>(std::index_sequence<i...>) {
+    ((plan.resident.hidden == shapes[i].hidden ? with_tiles.template operator()<shapes[i]>()
+                                               : void()),
+     ...);
   }(std::make_index_sequence<std::size(shapes)>{});
+  return started;
 }
 
 template <const auto& shapes, const auto& exact_shapes, class Start>
-bool by_plan(const CudaPlan& plan, Start start) {
-  switch (plan.arithmetic) {
-    case Arithmetic::float64:
-      return false;
-    case Arithmetic::float32:
-      return by_shape<Arithmetic::float32, exact_shapes>(plan, start);
-    case Arithmetic::tf32:
-      return by_shape<Arithmetic::tf32, shapes>(plan, start);
-    case Arithmetic::float16:
-      return by_shape<Arithmetic::float16, shapes>(plan, start);
-    default:
-      return by_shape<Arithmetic::bfloat16, shapes>(plan, start);
-  }
+Status launch_planned(const char* kernel, const LayerShape& shape, const CudaPlan& plan,
+                      Start start) {
+  const auto by_arithmetic = [&](unsigned parts) -> std::optional<Status> {
+    switch (plan.arithmetic) {
+      case Arithmetic::float64:
+        return {};
+      case Arithmetic::float32:
+        return start_by_shape<Arithmetic::float32, exact_shapes>(plan, parts, start);
+      case Arithmetic::tf32:
+        return start_by_shape<Arithmetic::tf32, shapes>(plan, parts, start);
+      case Arithmetic::float16:
+        return start_by_shape<Arithmetic::float16, shapes>(plan, parts, start);
+      default:
+        return start_by_shape<Arithmetic::bfloat16, shapes>(plan, parts, start);
+    }
+  };
+  return lstm_cuda::launch_planned(kernel, shape, plan.arithmetic, plan.resident.hidden,
+                                   8 * plan.column_tiles, plan.resident.blocks, by_arithmetic);
 }
 
-// What one launch cannot hold, or empty.
-inline Status check(const char* kernel, const LayerShape& shape, const CudaPlan& plan) {
+// Launches parts by start(first, count), so many at once as run together.
+template <class Start>
+Status in_rounds(unsigned parts, int at_once, Start start) {
   Status status;
-  const int64_t parts = tiles_of(shape, 8 * plan.column_tiles) * shape.D;
-  if (shape.projected)
-    std::snprintf(status.message, sizeof status.message, "%s has no projection", kernel);
-  else if (shape.H > plan.resident.hidden)
-    std::snprintf(status.message, sizeof status.message,
-                  "%s: a hidden size of %lld does not fit the planned %d", kernel,
-                  (long long)shape.H, plan.resident.hidden);
-  else if (parts * plan.resident.blocks > kMostOfCta || shape.T > kMostOfCta)
-    std::snprintf(status.message, sizeof status.message,
-                  "%s: %lld recurrences of %lld batch rows and %lld steps are more than it counts",
-                  kernel, (long long)shape.D, (long long)shape.B, (long long)shape.T);
-  return status;
-}
-
-inline Status unsupported(const char* kernel, const CudaPlan& plan) {
-  Status status;
-  std::snprintf(status.message, sizeof status.message,
-                "%s has no kernel for %s with a padded hidden size of %d and %d batch rows", kernel,
-                name_of(plan.arithmetic), plan.resident.hidden, 8 * plan.column_tiles);
+  for (unsigned first = 0; first < parts && status.ok(); first += unsigned(at_once))
+    status = start(first, std::min(unsigned(at_once), parts - first));
   return status;
 }
 

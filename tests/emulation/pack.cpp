@@ -14,30 +14,16 @@
 
 #include "cuda/element.cuh"
 #include "cuda/pack.h"
+#include "half.hpp"
 #include "memory.hpp"
 
 using namespace lstm_cuda;
+using namespace lstm_cuda::test;
 
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
 // Not compiled for any kernel: few enough fragments for every build and order.
 const ResidentShape kSmallShapes[] = {{64, 2, 4, 1, 0, 0}, {128, 4, 8, 4, 0, 0}};
-
-// The number of a float16's bits, and the float16 nearest to a number, ties to even.
-double from_half(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const double sign = bits >> 15 ? -1 : 1;
-  if (exponent == 31) return fraction ? std::nan("") : sign * kInfinity;
-  return sign * (exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24));
-}
-double round_to_half(double v) {
-  if (!std::isfinite(v) || v == 0) return v;
-  const int last = std::max(std::ilogb(v), -14) - 10;  // the last place's power of two
-  const double rounded = std::ldexp(std::nearbyint(std::ldexp(v, -last)), last);
-  return std::fabs(rounded) > 65504 ? std::copysign(kInfinity, v) : rounded;
-}
 
 bool same(double a, double b) { return std::isnan(a) ? std::isnan(b) : a == b; }
 

@@ -13,27 +13,15 @@
 #include <string>
 #include <vector>
 
+#include "half.hpp"
 #include "memory.hpp"
 
 using namespace lstm_cuda;
+using namespace lstm_cuda::test;
 
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-// The number of a float16's bits, and the float16 nearest to a number, ties to even.
-double from_half(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const double sign = bits >> 15 ? -1 : 1;
-  if (exponent == 31) return fraction ? std::nan("") : sign * kInfinity;
-  return sign * (exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24));
-}
-double round_to_half(double v) {
-  if (!std::isfinite(v) || v == 0) return v;
-  const int last = std::max(std::ilogb(v), -14) - 10;  // the last place's power of two
-  return std::ldexp(std::nearbyint(std::ldexp(v, -last)), last);
-}
 
 bool same(double a, double b) { return std::isnan(a) ? std::isnan(b) : a == b; }
 
