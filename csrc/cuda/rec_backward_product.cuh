@@ -120,7 +120,7 @@ class Operand {
         pieces_ + step % kBuffers * kPieces + tile * F::kSteps / kPerPiece * 32 + place(lane());
     float scale = 1;
     if constexpr (F::kScaled) {
-      const int exponent = scale_exponent(column_size(step, tile));
+      const int exponent = clamped_exponent(column_size(step, tile));
       scale = power_of_two(exponent);
       const float unscale = power_of_two(-exponent);
       all.unscale[0] = ptx::shuffle(unscale, unsigned(lane() % 4 * 8));

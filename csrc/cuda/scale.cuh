@@ -28,11 +28,16 @@ LSTM_DEVICE float power_of_two(int exponent) {
   return v;
 }
 
-// Of a row whose largest finite_size this is. Its exponent field is 0 for numbers below 2^-126, which
-// the clamp brings where it brings all below 2^-112. A row of zeros is left as it is.
-LSTM_DEVICE int scale_exponent(unsigned largest) {
+// Of a row whose largest size is this, as bits. Its exponent field is 0 for numbers below 2^-126, which
+// the clamp brings where it brings all below 2^-112.
+LSTM_DEVICE int clamped_exponent(unsigned largest) {
   const int exponent = 14 + 127 - int(largest >> 23);
-  return largest == 0 ? 0 : exponent < 126 ? exponent : 126;
+  return exponent < 126 ? exponent : 126;
+}
+
+// The same, where a row of zeros is to be left as it is.
+LSTM_DEVICE int scale_exponent(unsigned largest) {
+  return largest == 0 ? 0 : clamped_exponent(largest);
 }
 
 }  // namespace lstm_cuda
