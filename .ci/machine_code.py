@@ -110,7 +110,8 @@ class StepKernel:
     Attributes:
         family: "Cluster" or "Group".
         shared: row tiles of a warp, backward, whose weights are in shared memory.
-        tiles: of 8 batch rows.
+        tiles: of 8 batch rows, in one turn.
+        turns: of a step, one after the other in the code.
     """
 
     backward: bool
@@ -122,13 +123,14 @@ class StepKernel:
     split: int
     shared: int
     tiles: int
+    turns: int
 
     @classmethod
     def of(cls, mangled: str) -> StepKernel | None:
         """From a kernel's mangled name; None for all other kernels."""
         match = re.search(
             r"(Forward|Backward)ConfigIL\w+?ArithmeticE(\d+)EXtl\w+?ResidentShapeE"
-            r"((?:Li\d+E)+)EELi(\d+)E.*?(Cluster|Group)(?:Exchange|Reduce)",
+            r"((?:Li\d+E)+)EELi(\d+)ELi(\d+)E.*?(Cluster|Group)(?:Exchange|Reduce)",
             mangled,
         )
         if match is None:
@@ -136,7 +138,9 @@ class StepKernel:
         shape = [int(number) for number in re.findall(r"Li(\d+)E", match[3])]
         hidden, blocks, warps, split, _, shared = (*shape, 0, 0)[:6]
         backward, exact = match[1] == "Backward", int(match[2]) == EXACT
-        return cls(backward, match[5], exact, hidden, blocks, warps, split, shared, int(match[4]))
+        tiles, turns = int(match[4]), int(match[5])
+        sizes = (hidden, blocks, warps, split, shared, tiles, turns)
+        return cls(backward, match[6], exact, *sizes)
 
     @property
     def _row_tiles(self) -> int:
@@ -163,7 +167,7 @@ class StepKernel:
 
     def products(self) -> int:
         """HMMA in the code of a warp's step."""
-        each = 3 if self.exact else 1
+        each = self.turns * (3 if self.exact else 1)
         if self.backward:
             steps = 4 * self.hidden // self.blocks // 16
             rows, columns = self._rolled()
@@ -180,10 +184,10 @@ class StepKernel:
             return 0
         if self.backward:
             rows, columns = self._rolled()
-            return rows * columns
+            return self.turns * rows * columns
         pairs = self._octets * self.tiles
         owned = pairs // min(pairs, self.split)
-        return owned * (2 if self.exact else 1) * self.blocks // 4
+        return self.turns * owned * (2 if self.exact else 1) * self.blocks // 4
 
 
 def step_faults(mangled: str, code: Sequence[Instruction]) -> Iterator[str]:

@@ -103,6 +103,7 @@ py::dict plan_cuda(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_
       result["blocks"] = plan.resident.blocks;
       result["padded_hidden"] = plan.resident.hidden;
       result["columns"] = 8 * plan.column_tiles;
+      result["turns"] = plan.turns;
       result["warps"] = plan.resident.warps;
       break;
   }
@@ -134,8 +135,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("cpu_capability", &lstm_cuda::cpu_capability);
   m.def("set_cpu_capability", &set_cpu_capability, py::arg("name"));
-  m.def("forced_kernel", &lstm_cuda::forced_kernel);
-  m.def("force_kernel", &lstm_cuda::force_kernel, py::arg("name"));
+  m.def("forced_kernel", [] {
+    const lstm_cuda::Forced forced = lstm_cuda::forced_kernel();
+    return py::make_tuple(forced.name, forced.columns, forced.turns);
+  });
+  m.def(
+      "force_kernel",
+      [](const std::string& name, int columns, int turns) {
+        return lstm_cuda::force_kernel({name.c_str(), columns, turns});
+      },
+      py::arg("name"), py::arg("columns") = 0, py::arg("turns") = 0);
   m.def("kernel_families", &kernel_families);
   m.def("remember_refusal", &remember_refusal, py::arg("device"), py::arg("name"));
   m.def("plan_cuda", &plan_cuda, py::arg("T"), py::arg("B"), py::arg("D"), py::arg("I"),

@@ -87,6 +87,8 @@ def _in_words(plan: dict[str, object]) -> str:
     if kernel != "rec_cta":
         team = "group" if "groups" in plan else "cluster"
         how += f", {plan['columns']} batch rows to a {team} of {plan['blocks']} blocks"
+        if plan["turns"] != 1:
+            how += f" in {plan['turns']} turns"
     if "groups" in plan:
         how += f", {plan['groups']} groups at once"
     return f"{how}: {because}"

@@ -106,7 +106,8 @@ def plan_cuda(
 
         * ``rec_cta``: ``padded_hidden``, the compiled size that holds H
         * ``rec_cluster``, ``rec_group``: the same, and ``blocks`` of a cluster or group, ``warps``
-          of a block, ``columns``, the batch rows of a cluster or group; ``groups`` of a launch
+          of a block, ``columns``, the batch rows of a cluster or group, and ``turns`` in which a
+          step takes them; ``groups`` of a launch
         * ``rec_step``: ``tile`` of its products, ``launches_overlap``
     """
     require("cpu")
@@ -161,7 +162,7 @@ def pack_weights(w_hh: Sequence[Tensor], layout: int) -> Tensor:
 
 
 @contextmanager
-def force_kernel(name: str) -> Iterator[None]:
+def force_kernel(name: str, columns: int = 0, turns: int = 0) -> Iterator[None]:
     """Run every layer on CUDA with one kernel family, for tests and measurements.
 
     The environment variable ``LSTM_CUDA_KERNEL`` does the same for a whole process. It holds for
@@ -170,24 +171,32 @@ def force_kernel(name: str) -> Iterator[None]:
     Args:
         name: ``"rec_cta"``, ``"rec_cluster"``, ``"rec_group"`` or ``"rec_step"``; ``""`` for the
             free choice.
+        columns: batch rows of a cluster or group, 8, 16 or 32; 0 for the free choice.
+        turns: in which a cluster takes these rows, 1 or 2; 0 for the free choice.
 
     Raises:
-        ValueError: there is no such family.
+        ValueError: there is no such family, or it never has so many columns or turns.
     """
     require("cpu")
     before = _C.forced_kernel()
-    _force_kernel("name", name)
+    for argument, value, values in (("columns", columns, (8, 16, 32)), ("turns", turns, (1, 2))):
+        if value != 0 and (value not in values or name not in ("rec_cluster", "rec_group")):
+            raise ValueError(
+                f"{argument} must be 0 or, for rec_cluster and rec_group, one of {values}; "
+                f"got {value} for {name!r}"
+            )
+    _force_kernel("name", name, columns, turns)
     try:
         yield
     finally:
-        _C.force_kernel(before)
+        _C.force_kernel(*before)
 
 
-def _force_kernel(argument: str, name: str) -> None:
+def _force_kernel(argument: str, name: str, columns: int = 0, turns: int = 0) -> None:
     families = _C.kernel_families()
     if name not in ("", *families):
         raise ValueError(f"{argument} must be one of {', '.join(families)}; got {name!r}")
-    _C.force_kernel(name)
+    _C.force_kernel(name, columns, turns)
 
 
 def require(device_type: str) -> None:

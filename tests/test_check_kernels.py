@@ -166,33 +166,37 @@ def test_the_loop_is_what_repeats_with_its_products() -> None:
     assert machine_code.product_loops(listing("EXIT")) == []
 
 
-def mangled(name: str, arithmetic: int, shape: tuple[int, ...], tiles: int, family: str) -> str:
+def mangled(
+    name: str, arithmetic: int, shape: tuple[int, ...], tiles: int, turns: int, family: str
+) -> str:
     numbers = "".join(f"Li{number}E" for number in shape)
     exchange = "15ClusterExchange" if family == "Cluster" else "11GroupReduce"
     return (
         f"_ZN9lstm_cuda8resident14forward_kernelINS0_13{name}ConfigILNS_10ArithmeticE{arithmetic}EXtl"
-        f"NS_13ResidentShapeE{numbers}EELi{tiles}EEENS0_{exchange}EEEvNS0_13ForwardParamsE"
+        f"NS_13ResidentShapeE{numbers}EELi{tiles}ELi{turns}EEENS0_{exchange}EEEvNS0_13ForwardParamsE"
     )
 
 
 # float32 is 1 and bfloat16 4; hidden, blocks, warps, split.
 @pytest.mark.parametrize(
-    ("direction", "arithmetic", "shape", "tiles", "family", "products", "sends"),
+    ("direction", "arithmetic", "shape", "tiles", "turns", "family", "products", "sends"),
     [
-        ("Forward", 4, (512, 16, 8, 2), 1, "Cluster", 32, 4),
-        ("Forward", 4, (512, 16, 8, 2), 4, "Cluster", 128, 8),
-        ("Forward", 1, (256, 8, 8, 2), 1, "Cluster", 48, 4),
-        ("Forward", 4, (384, 8, 12, 2), 1, "Cluster", 24, 2),
-        ("Forward", 4, (1024, 64, 8, 8), 1, "Group", 36, 0),
-        ("Forward", 1, (1024, 64, 8, 8), 2, "Group", 216, 0),
-        ("Backward", 4, (512, 16, 8, 2), 2, "Cluster", 64, 8),
-        ("Backward", 4, (384, 8, 12, 2), 1, "Cluster", 24, 2),
-        ("Backward", 4, (2048, 128, 8, 8, 8, 8), 1, "Group", 40, 0),
-        ("Backward", 4, (2048, 128, 8, 8, 8, 8), 2, "Group", 72, 0),
-        ("Backward", 4, (1024, 64, 8, 8), 4, "Group", 32, 0),
-        ("Backward", 1, (1024, 64, 8, 8, 5, 4), 1, "Group", 60, 0),
-        ("Backward", 4, (512, 16, 8, 2), 4, "Cluster", 32, 4),
-        ("Backward", 1, (512, 32, 8, 8), 1, "Group", 48, 0),
+        ("Forward", 4, (512, 16, 8, 2), 1, 1, "Cluster", 32, 4),
+        ("Forward", 4, (512, 16, 8, 2), 4, 1, "Cluster", 128, 8),
+        ("Forward", 4, (512, 16, 8, 2), 1, 2, "Cluster", 64, 8),
+        ("Forward", 1, (256, 8, 8, 2), 1, 1, "Cluster", 48, 4),
+        ("Forward", 4, (384, 8, 12, 2), 1, 1, "Cluster", 24, 2),
+        ("Forward", 4, (1024, 64, 8, 8), 1, 1, "Group", 36, 0),
+        ("Forward", 1, (1024, 64, 8, 8), 2, 1, "Group", 216, 0),
+        ("Backward", 4, (512, 16, 8, 2), 2, 1, "Cluster", 64, 8),
+        ("Backward", 4, (384, 8, 12, 2), 1, 1, "Cluster", 24, 2),
+        ("Backward", 4, (384, 8, 12, 2), 1, 2, "Cluster", 48, 4),
+        ("Backward", 4, (2048, 128, 8, 8, 8, 8), 1, 1, "Group", 40, 0),
+        ("Backward", 4, (2048, 128, 8, 8, 8, 8), 2, 1, "Group", 72, 0),
+        ("Backward", 4, (1024, 64, 8, 8), 4, 1, "Group", 32, 0),
+        ("Backward", 1, (1024, 64, 8, 8, 5, 4), 1, 1, "Group", 60, 0),
+        ("Backward", 4, (512, 16, 8, 2), 4, 1, "Cluster", 32, 4),
+        ("Backward", 1, (512, 32, 8, 8), 1, 1, "Group", 48, 0),
     ],
 )
 def test_products_and_sends_of_a_step(
@@ -200,19 +204,21 @@ def test_products_and_sends_of_a_step(
     arithmetic: int,
     shape: tuple[int, ...],
     tiles: int,
+    turns: int,
     family: str,
     products: int,
     sends: int,
 ) -> None:
-    kernel = machine_code.StepKernel.of(mangled(direction, arithmetic, shape, tiles, family))
-    assert kernel is not None and (kernel.family, kernel.tiles) == (family, tiles)
+    kernel = machine_code.StepKernel.of(mangled(direction, arithmetic, shape, tiles, turns, family))
+    assert kernel is not None
+    assert (kernel.family, kernel.tiles, kernel.turns) == (family, tiles, turns)
     assert (kernel.backward, kernel.exact) == (direction == "Backward", arithmetic == 1)
     assert (kernel.hidden, kernel.blocks, kernel.warps, kernel.split) == shape[:4]
     assert (kernel.products(), kernel.sends()) == (products, sends)
 
 
 def test_faults_of_a_loop() -> None:
-    name = mangled("Forward", 4, (32, 4, 2, 2, 0, 0), 1, "Cluster")  # two products, one send
+    name = mangled("Forward", 4, (32, 4, 2, 2, 0, 0), 1, 1, "Cluster")  # two products, one send
     assert machine_code.StepKernel.of("_Z5cleanPd") is None
     good = [*LOOP[:4], PRODUCT, *LOOP[4:5], "@!P0 BRA 0x10", "EXIT", *LOOP[8:]]
 
@@ -252,7 +258,7 @@ namespace lstm_cuda {
 enum class Arithmetic { float64, float32, tf32, float16, bfloat16 };
 struct ResidentShape { int hidden, blocks, warps, split, shared_forward, shared_backward; };
 namespace resident {
-template <Arithmetic, ResidentShape, int> struct ForwardConfig {};
+template <Arithmetic, ResidentShape, int, int> struct ForwardConfig {};
 template <class> struct GroupExchange {};
 template <class F, template <class> class Exchange>
 __global__ void forward_kernel(float* x, int n) {
@@ -268,7 +274,7 @@ __global__ void forward_kernel(float* x, int n) {
   }
   x[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
 }
-using Config = ForwardConfig<Arithmetic::bfloat16, ResidentShape{512, 32, 8, 8, 0, 0}, 1>;
+using Config = ForwardConfig<Arithmetic::bfloat16, ResidentShape{512, 32, 8, 8, 0, 0}, 1, 1>;
 template __global__ void forward_kernel<Config, GroupExchange>(float*, int);
 }
 }

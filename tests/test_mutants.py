@@ -70,7 +70,7 @@ def of_small(
 cluster = functools.partial(of_small, "cluster")
 group = functools.partial(of_small, "group")
 # Cases of small_resident.hpp.
-BUSY, SPLIT, CHUNKS, DIFFERENT_ROWS, NAN = 0, 1, 2, 12, 13
+BUSY, SPLIT, CHUNKS, DIFFERENT_ROWS, NAN, TURNS, CHUNKS_IN_TURNS = 0, 1, 2, 12, 13, 14, 15
 
 
 MUTANTS = [
@@ -377,7 +377,7 @@ MUTANTS = [
     cluster(
         "one_h_for_two_steps",
         "exchange_cluster.cuh",
-        "h_ + step % 2 * kBuffer",
+        "h_ + buffer * kBuffer",
         "h_",
         "tsan",
         "bfloat16",
@@ -387,7 +387,7 @@ MUTANTS = [
     cluster(
         "one_barrier_for_two_steps",
         "exchange_cluster.cuh",
-        "bars_ + step % 2 * kBars",
+        "bars_ + buffer * kBars",
         "bars_",
         "plain",
         "bfloat16",
@@ -443,7 +443,7 @@ MUTANTS = [
     cluster(
         "partial_sums_in_one_buffer",
         "resident_team.cuh",
-        "((step % 2 * F::kGroups + group)",
+        "((turn % 2 * F::kGroups + group)",
         "((0 * F::kGroups + group)",
         "tsan",
         "tf32",
@@ -452,7 +452,7 @@ MUTANTS = [
     cluster(
         "partial_sums_at_one_barrier",
         "resident_team.cuh",
-        "1 + unsigned(step % 2 * F::kGroups + group)",
+        "1 + unsigned(turn % 2 * F::kGroups + group)",
         "1 + unsigned(group)",
         "plain",
         "tf32",
@@ -568,9 +568,67 @@ MUTANTS = [
         BUSY,
     ),
     cluster(
+        "h_of_the_other_turn",
+        "exchange_cluster.cuh",
+        "step % 2 * F::kTurns + turn",
+        "step % 2 * F::kTurns + 1 - turn",
+        "plain",
+        "bfloat16",
+        TURNS,
+    ),
+    cluster(
+        "turns_at_one_barrier_of_h",
+        "exchange_cluster.cuh",
+        "bars_ + buffer * kBars",
+        "bars_ + step % 2 * F::kTurns * kBars",
+        "plain",
+        "bfloat16",
+        CHUNKS_IN_TURNS,
+        count=2,
+    ),
+    cluster(
+        "partial_sums_of_turns_not_waited_for",
+        "resident_team.cuh",
+        "Exchange::kOrders && F::kTurns == 1",
+        "Exchange::kOrders",
+        "plain",
+        "bfloat16",
+        TURNS,
+        order="reverse 0",
+    ),
+    cluster(
+        "cells_of_the_other_turn",
+        "rec_forward.cuh",
+        "const int i = turn * F::kOwned + own;",
+        "const int i = (F::kTurns - 1 - turn) * F::kOwned + own;",
+        "plain",
+        "bfloat16",
+        TURNS,
+    ),
+    cluster(
+        "dgates_of_turns_in_one_buffer",
+        "rec_backward_product.cuh",
+        "turn % kBuffers",
+        "turn / F::kTurns % kBuffers",
+        "tsan",
+        "tf32",
+        TURNS,
+        count=4,
+    ),
+    cluster(
+        "sums_of_turns_in_one_buffer",
+        "reduce_cluster.cuh",
+        "sums_ + buffer * kBuffer",
+        "sums_ + step % 2 * F::kTurns * kBuffer",
+        "tsan",
+        "bfloat16",
+        CHUNKS_IN_TURNS,
+        count=2,
+    ),
+    cluster(
         "sums_of_two_steps_in_one_buffer",
         "reduce_cluster.cuh",
-        "sums_ + step % 2 * kBuffer",
+        "sums_ + buffer * kBuffer",
         "sums_",
         "tsan",
         "bfloat16",
@@ -626,8 +684,8 @@ MUTANTS = [
     cluster(
         "gradient_over_a_reset",
         "rec_backward.cuh",
-        "(has(t) && !(flags & kFresh) ? kCrossed : 0)",
-        "(has(t) ? kCrossed : 0)",
+        "(cells.has(t) && !(cells.flags & Cells::kFresh) ? Cells::kCrossed : 0)",
+        "(cells.has(t) ? Cells::kCrossed : 0)",
         "plain",
         "tf32",
         BUSY,
@@ -635,7 +693,7 @@ MUTANTS = [
     cluster(
         "dc_over_a_reset",
         "rec_backward.cuh",
-        "(flags & kFresh ? 0.f : dc_step)",
+        "(fresh ? 0.f : dc_step)",
         "dc_step",
         "plain",
         "tf32",
@@ -644,7 +702,7 @@ MUTANTS = [
     cluster(
         "initial_cell_ignored",
         "rec_backward.cuh",
-        "if (active && t == own.first(0))",
+        "if (active && t == cells.own.first(0))",
         "if (false)",
         "plain",
         "tf32",
@@ -726,7 +784,7 @@ MUTANTS = [
     group(
         "partial_sums_in_one_buffer",
         "resident_team.cuh",
-        "((step % 2 * F::kGroups + group)",
+        "((turn % 2 * F::kGroups + group)",
         "((0 * F::kGroups + group)",
         "tsan",
         "bfloat16",

@@ -416,10 +416,10 @@ def test_forcing() -> None:
     assert "do not fit" in got["because"]
     with force_kernel("rec_step"):
         with force_kernel("rec_group"):
-            assert ops._C.forced_kernel() == "rec_group"
+            assert ops._C.forced_kernel()[0] == "rec_group"
             with force_kernel(""):
-                assert ops._C.forced_kernel() == ""
-        assert ops._C.forced_kernel() == "rec_step"
+                assert ops._C.forced_kernel()[0] == ""
+        assert ops._C.forced_kernel()[0] == "rec_step"
     assert plan(64)["kernel"] == "rec_cta"
     with (
         pytest.raises(ValueError, match=f"{', '.join(FAMILIES)}; got 'rec_best'"),
@@ -429,7 +429,7 @@ def test_forcing() -> None:
 
 
 def test_forcing_by_environment() -> None:
-    code = "from lstm_cuda import ops; print(ops._C.forced_kernel())"
+    code = "from lstm_cuda import ops; print(ops._C.forced_kernel()[0])"
     for name, expected in (("rec_step", "rec_step"), ("rec_group", "rec_group"), ("", "")):
         environment = {**os.environ, "LSTM_CUDA_KERNEL": name}
         run = subprocess.run(

@@ -62,8 +62,9 @@ def test_step_times_are_of_every_kernel_that_plans_name() -> None:
         exact = {("float32", False), ("float32", True)} if family == "rec_cta" else set()
         rounded = {"tf32", "float16", "bfloat16"}
         assert some == exact | {(a, backward) for a in rounded for backward in (False, True)}
-    columns = {s.columns for s in found if (s.hidden, s.arithmetic) == (256, "bfloat16")}
-    assert columns == {8, 16, 32}
+    columns = {(s.columns, s.turns) for s in found if (s.hidden, s.arithmetic) == (256, "bfloat16")}
+    assert columns == {(8, 1), (16, 1), (16, 2), (32, 1), (32, 2)}
+    assert {s.turns for s in found if s.family != "rec_cluster"} == {1}
     a100 = CudaDevice(architecture=80, multiprocessors=108, shared_bytes=166912)
     assert {s.family for s in step_times.subjects(a100)} == {"rec_cta", "rec_group"}
 
@@ -79,7 +80,9 @@ class Host:
 
 
 def subject(backward: bool) -> step_times.Subject:
-    return step_times.Subject("rec_cta", shapes.PRECISIONS["fp32"], 32, 8, 8, backward, "float32")
+    return step_times.Subject(
+        "rec_cta", shapes.PRECISIONS["fp32"], 32, 8, 1, 8, backward, "float32"
+    )
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -125,6 +128,7 @@ STEP_TIME = {
     "arithmetic": "bfloat16",
     "padded_hidden": 256,
     "columns": 16,
+    "turns": 2,
     "backward": False,
     "architecture": 90,
     "error": None,
@@ -139,11 +143,11 @@ def test_rows_for_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     path.write_text(f"{json.dumps(STEP_TIME)}\n{json.dumps(failed)}\n")
     assert step_times.main(["--print", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == (
-        "{Family::rec_cluster, Arithmetic::bfloat16, 256, 2, false, 90, 0.512},"
+        "{Family::rec_cluster, Arithmetic::bfloat16, 256, 2, 2, false, 90, 0.512},"
         "  // NVIDIA H200, 2026-12-01"
     )
     text = report(tmp_path, None, [])
-    assert "| rec_cluster | bfloat16 | 256 | 16 | False | 0.512 |" in text
+    assert "| rec_cluster | bfloat16 | 256 | 16 | 2 | False | 0.512 |" in text
     assert "RuntimeError: x" in text
 
 
@@ -165,12 +169,13 @@ def test_a_measured_time_replaces_the_estimate(tmp_path: Path) -> None:
         """
 #include "cuda/plan_model.h"
 using namespace lstm_cuda;
-constexpr double step(int tiles, bool backward, int architecture) {
-  return model::step_us(Family::rec_cluster, Arithmetic::bfloat16, 256, tiles, backward,
+constexpr double step(int tiles, bool backward, int architecture, int turns = 2) {
+  return model::step_us(Family::rec_cluster, Arithmetic::bfloat16, 256, tiles, turns, backward,
                         {architecture, 132, 232448}, 1900);
 }
 static_assert(step(2, false, 90) == 0.512);
 static_assert(step(1, false, 90) == 1 && step(2, true, 90) == 1 && step(2, false, 100) == 1);
+static_assert(step(2, false, 90, 1) == 1);
 int main() {}
 """
     )

@@ -63,7 +63,7 @@ def _micro(out: Path) -> str:
 
 
 def _step_times(out: Path) -> str:
-    names = ("family", "arithmetic", "padded_hidden", "columns", "backward")
+    names = ("family", "arithmetic", "padded_hidden", "columns", "turns", "backward")
     rows = [
         [str(r[name]) for name in names]
         + [r["error"].replace("|", "/") if r["error"] else f"{r['median']:.3f}"]

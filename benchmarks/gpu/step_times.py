@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu.step_times --out FOLDER [--print]
 
-Calls of two lengths are timed, each without its input product; a step is their difference. The
-batch is as large as the device runs at once. At the end, or with --print from what is in FOLDER,
+Calls of two lengths are timed, each without its input product; a step is their difference. Every
+compiled number of batch rows and turns is forced, and the batch is as large as the device runs at
+once. At the end, or with --print from what is in FOLDER,
 come the rows for kMeasured in csrc/cuda/plan_model.h.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from lstm_cuda import FusedLSTM, ops
+from lstm_cuda import FusedLSTM, force_kernel, ops
 
 from ..environment import CudaEnvironment
 from ..results import ResultsFile
@@ -28,10 +30,11 @@ from ..timing import Call
 from ..workloads import DTYPES
 from .device import Cuda, Device, NoDevice, allowed
 from .grid import PRECISIONS, Precision
-from .measure import describe, forced
+from .measure import describe
 from .records import STEP_TIMES, Record, read_records
 
 HIDDEN = (32, 64, 128, 256, 384, 512, 768, 1024, 2048)  # one for each compiled size
+COLUMNS_AND_TURNS = ((8, 1), (16, 1), (16, 2), (32, 1), (32, 2))
 FAMILIES = ("rec_cta", "rec_cluster", "rec_group")
 STEPS = (128, 640)
 HEAD_START = 10**7  # cycles of the device that the host has to put calls into its queue
@@ -55,45 +58,43 @@ class QueuedClock:
 
 @dataclass(frozen=True)
 class Subject:
-    """One kernel: a family, a compiled size, a number of columns, a direction."""
+    """One kernel: a family, a compiled size, a number of columns and turns, a direction."""
 
     family: str
     precision: Precision
     hidden: int
     columns: int
+    turns: int
     batch: int
     backward: bool
     arithmetic: str
 
 
 def subjects(device: ops.CudaDevice) -> Iterator[Subject]:
-    """Every kernel that this device can run and that a batch makes the plan choose."""
-    for family, precision, hidden, columns, backward in itertools.product(
-        FAMILIES, PRECISIONS.values(), HIDDEN, (8, 16, 32), (False, True)
+    """Every kernel that this device can run."""
+    for family, precision, hidden, (columns, turns), backward in itertools.product(
+        FAMILIES, PRECISIONS.values(), HIDDEN, COLUMNS_AND_TURNS, (False, True)
     ):
-        found = _plan(family, precision, hidden, columns, backward, device)
+        if family == "rec_cta" and (columns, turns) != (8, 1):
+            continue
+        sizes = (STEPS[1], columns, 1, FEATURES, hidden, hidden)
+        dtype = DTYPES[precision.dtype]
+        with forced_kernel(family, columns, turns):
+            found: dict[str, Any] = ops.plan_cuda(*sizes, dtype, backward, precision.tf32, device)
         if not found["possible"] or found["padded_hidden"] != hidden:
             continue
         at_once = device.multiprocessors // found.get("blocks", 1)
         if family == "rec_cluster":  # processors come in groups that clusters do not fill
             at_once = max(1, at_once * 7 // 8)
-        batch = columns * at_once
-        found = _plan(family, precision, hidden, batch, backward, device)
-        if found.get("columns", 8) == columns:
-            yield Subject(family, precision, hidden, columns, batch, backward, found["arithmetic"])
+        yield Subject(
+            family, precision, hidden, columns, turns, columns * at_once, backward,
+            found["arithmetic"],
+        )  # fmt: skip
 
 
-def _plan(
-    family: str,
-    precision: Precision,
-    hidden: int,
-    batch: int,
-    backward: bool,
-    device: ops.CudaDevice,
-) -> dict[str, Any]:
-    sizes = (STEPS[1], batch, 1, FEATURES, hidden, hidden)
-    with forced(family):
-        return ops.plan_cuda(*sizes, DTYPES[precision.dtype], backward, precision.tf32, device)
+def forced_kernel(family: str, columns: int, turns: int) -> AbstractContextManager[None]:
+    """rec_cta has 8 columns and one turn; others have to be told."""
+    return force_kernel(family) if family == "rec_cta" else force_kernel(family, columns, turns)
 
 
 def calls(subject: Subject, steps: int, device: torch.device) -> tuple[Call, Call]:
@@ -146,13 +147,17 @@ def measure_all(
             "arithmetic": subject.arithmetic,
             "padded_hidden": subject.hidden,
             "columns": subject.columns,
+            "turns": subject.turns,
             "batch": subject.batch,
             "backward": subject.backward,
             "architecture": architecture,
             "error": None,
         }
         try:
-            with allowed(subject.precision), forced(subject.family):
+            with (
+                allowed(subject.precision),
+                forced_kernel(subject.family, subject.columns, subject.turns),
+            ):
                 times = sorted(step_us(subject, device))
             record |= {"low": times[0], "median": times[len(times) // 2], "high": times[-1]}
         except RuntimeError as error:
@@ -168,8 +173,9 @@ def rows(records: Iterable[Record]) -> list[str]:
     """Lines of kMeasured, in plan_model.h."""
     return [
         f"{{Family::{r['family']}, Arithmetic::{r['arithmetic']}, {r['padded_hidden']}, "
-        f"{r['columns'] // 8}, {'true' if r['backward'] else 'false'}, {r['architecture']}, "
-        f"{r['median']:.3f}}},  // {r['environment']['device']}, {r['environment']['date'][:10]}"
+        f"{r['columns'] // 8}, {r['turns']}, {'true' if r['backward'] else 'false'}, "
+        f"{r['architecture']}, {r['median']:.3f}}},"
+        f"  // {r['environment']['device']}, {r['environment']['date'][:10]}"
         for r in records
         if r["error"] is None and r["median"] > 0
     ]

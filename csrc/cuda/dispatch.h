@@ -6,9 +6,14 @@
 
 namespace lstm_cuda {
 
-// From now on every call uses this family; "" ends that. False if there is no such name.
-bool force_kernel(const char* name);
-const char* forced_kernel();
+// From now on every call uses this family; "" ends that. Of a cluster or group also so many batch rows,
+// and turns; 0 leaves them free.
+struct Forced {
+  const char* name;
+  int columns, turns;
+};
+bool force_kernel(const Forced& forced);  // false if there is no such name
+Forced forced_kernel();
 
 // What plan_cuda is asked on this device, now.
 CudaRequest cuda_request(int device, bool allow_tf32, bool backward);

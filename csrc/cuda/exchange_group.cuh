@@ -21,6 +21,7 @@ class GroupExchange {
   static constexpr uint32_t kTag = 0x40004000u;
   static constexpr uint32_t kNaN = 0x3FFFu;
   static constexpr uint32_t kOne = F::arithmetic == Arithmetic::bfloat16 ? 0x3F80u : 0x3C00u;
+  static_assert(F::kTurns == 1);
   static constexpr int kOctets = F::shape.hidden / 8;
   static constexpr int kPieces = F::kSteps / 2;  // of 16 bytes, of a column tile and a part
   static constexpr int kSlotWords = F::kParts * F::kTiles * kOctets / 4 * 128;
@@ -38,7 +39,7 @@ class GroupExchange {
   LSTM_DEVICE void begin() {}
 
   template <class Use, class Spoil>
-  LSTM_DEVICE void receive(int step, Use use, Spoil spoil) {
+  LSTM_DEVICE void receive(int step, int, Use use, Spoil spoil) {
     const uint32_t tag = tag_of(step);
     const auto ready = [tag](const uint4& v) {
       return (((v.x ^ tag) | (v.y ^ tag) | (v.z ^ tag) | (v.w ^ tag)) & kTag) == 0;

@@ -137,33 +137,45 @@ const char* why_not(Family family, const LayerShape& s, Arithmetic arithmetic,
 }
 
 // The plan's part that only rec_cluster and rec_group have: as many column tiles as make the
-// recurrence shortest, of equal ones the fewest.
-void choose_tiles(CudaPlan& plan, const LayerShape& s, bool backward, const CudaDevice& device) {
+// recurrence shortest, of equal ones the fewest, in one turn or two. What was asked for may not be
+// compiled: then no tiles.
+void choose_tiles(CudaPlan& plan, const LayerShape& s, const CudaRequest& request,
+                  const CudaDevice& device) {
   plan.resident = *resident_shape(plan.family, plan.arithmetic, s.H);
   const int most = most_tiles(plan.arithmetic, plan.resident);
-  for (int tiles = 1; tiles <= most; tiles *= 2) {
-    if (device.shared_bytes <
-        resident_shared_bytes(plan.family, plan.arithmetic, plan.resident, tiles))
-      break;
+  const auto wanted = [&](int tiles, int turns) {
+    return (!request.columns || request.columns == 8 * tiles) &&
+           (!request.turns || request.turns == turns) &&
+           device.shared_bytes >=
+               resident_shared_bytes(plan.family, plan.arithmetic, plan.resident, tiles);
+  };
+  const auto consider = [&](int tiles, int turns) {
+    if (!wanted(tiles, turns)) return;
     int groups = 0;
     double us;
     if (plan.family == Family::rec_group) {
       groups = int(std::clamp<int64_t>(ceil_div(s.B, 8 * tiles) * s.D, 1,
                                        device.multiprocessors / plan.resident.blocks));
-      us = model::group_us(s, plan.arithmetic, plan.resident, tiles, groups, backward, device);
+      us = model::group_us(s, plan.arithmetic, plan.resident, tiles, groups, request.backward,
+                           device);
     } else {
-      us = model::cluster_us(s, plan.arithmetic, plan.resident, tiles, backward, device);
+      us = model::cluster_us(s, plan.arithmetic, plan.resident, tiles, turns, request.backward,
+                             device);
     }
-    if (tiles > 1 && us >= plan.estimated_us) continue;
+    if (plan.column_tiles > 0 && us >= plan.estimated_us) return;
     plan.column_tiles = tiles;
+    plan.turns = turns;
     plan.groups = groups;
     plan.estimated_us = us;
-  }
+  };
+  for (int tiles = 1; tiles <= most; tiles *= 2)
+    for (int turns = 1; turns <= most_turns(plan.family, tiles); ++turns) consider(tiles, turns);
 }
 
 // The plan for a family, forced or not; where it cannot run the layer the reason says why.
-CudaPlan plan_family(Family family, const LayerShape& s, Arithmetic arithmetic, bool backward,
-                     const CudaDevice& device) {
+CudaPlan plan_family(Family family, const LayerShape& s, Arithmetic arithmetic,
+                     const CudaRequest& request, const CudaDevice& device) {
+  const bool backward = request.backward;
   CudaPlan plan{};
   plan.family = family;
   plan.arithmetic = arithmetic;
@@ -179,7 +191,11 @@ CudaPlan plan_family(Family family, const LayerShape& s, Arithmetic arithmetic, 
     plan.overlap = device.architecture >= 90;
     plan.estimated_us = model::launches_us(s, arithmetic, columns_of(plan.tile), backward, device);
   } else {
-    choose_tiles(plan, s, backward, device);
+    choose_tiles(plan, s, request, device);
+    if (plan.column_tiles == 0) {
+      plan.possible = false;
+      plan.reason = "no kernel of this family is compiled for so many batch rows and turns";
+    }
   }
   return plan;
 }
@@ -211,7 +227,7 @@ CudaPlan plan_cuda(const LayerShape& shape, const CudaRequest& request, const Cu
   const Arithmetic arithmetic = arithmetic_of(shape.dtype, request.allow_tf32);
   const auto refused = [&](Family family) { return (request.refused >> int(family) & 1) != 0; };
   const auto plan_for = [&](Family family) {
-    return plan_family(family, shape, arithmetic, request.backward, device);
+    return plan_family(family, shape, arithmetic, request, device);
   };
   if (request.forced >= 0) {
     CudaPlan plan = plan_for(Family(request.forced));

@@ -43,6 +43,7 @@ struct CudaPlan {
   int padded_hidden;       // rec_cta: 32, 64 or 128, the instantiation that holds H
   ResidentShape resident;  // rec_cluster, rec_group
   int column_tiles;        // the same: 1, 2 or 4 tiles of 8 batch rows in a cluster or group
+  int turns;               // the same: in which a step takes its tiles; 1: all together
   int groups;              // rec_group: groups that one launch runs together
   double estimated_us;     // of the recurrence, by plan_model.h
 };
@@ -53,6 +54,8 @@ struct CudaRequest {
   bool backward;
   int forced;   // a Family, or -1
   int refused;  // bit k: Family k could not be launched on this device before
+  // Of a forced rec_cluster or rec_group: batch rows, and turns; 0: free.
+  int columns = 0, turns = 0;
 };
 
 // Shared memory of a block of rec_step.
@@ -81,6 +84,11 @@ constexpr int most_tiles(Arithmetic arithmetic, const ResidentShape& shape) {
   const ForwardFragments warp{shape};
   const bool full = arithmetic == Arithmetic::tf32 && warp.octets() > 1 && warp.steps() >= 8;
   return (shape.shared_forward > 0 ? 2 : 4) / (full ? 2 : parts_of(arithmetic));
+}
+
+// A cluster may step half of its tiles while h (backward: sums) of the others travels.
+constexpr int most_turns(Family family, int column_tiles) {
+  return family == Family::rec_cluster && column_tiles > 1 ? 2 : 1;
 }
 
 // 32-bit words that the blocks of a group of rec_group exchange through: two slots, forward of h as

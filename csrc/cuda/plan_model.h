@@ -25,7 +25,7 @@ constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 struct Measured {
   Family family;  // not rec_step, whose time depends on all sizes
   Arithmetic arithmetic;
-  int padded_hidden, column_tiles;  // rec_cta has one tile
+  int padded_hidden, column_tiles, turns;  // rec_cta has one tile
   bool backward;
   int architecture;
   double us;  // device, date
@@ -152,19 +152,36 @@ struct BlockWork {
   }
 };
 
-constexpr double cluster_cycles(Arithmetic a, const ResidentShape& shape, int tiles,
+// Cycles in which a block of a cluster is at work, and in which it can only wait for others.
+struct StepOfCluster {
+  double work, waits;
+
+  constexpr StepOfCluster(Arithmetic a, const ResidentShape& shape, int tiles, bool backward) {
+    const BlockWork w(a, shape, tiles, backward);
+    const double sent = w.exchanged * (shape.blocks - 1) / shape.blocks;
+    const double transfer = sent / kPeerBytes;
+    const double product = std::max(w.product, (w.operands + sent) / kSharedBytes) +
+                           kProductLatency + kFragmentLatency;
+    const double longer = std::max(product, transfer), cell = cell_cycles(w.cells, a, backward);
+    if (!backward) {  // products begin with what has come first
+      work = kWait + longer + kPartialSums + cell + kSend;
+      waits = kPeerLatency + transfer / 4;
+    } else {
+      const double reduction = w.cells * shape.blocks * 4 / kSharedBytes;
+      work = kWait + longer + reduction / 2 + cell + kReduceAndStore;
+      waits = kPeerLatency + std::min(product, transfer) / 2;
+    }
+  }
+};
+
+constexpr double cluster_cycles(Arithmetic a, const ResidentShape& shape, int tiles, int turns,
                                 bool backward) {
-  const BlockWork w(a, shape, tiles, backward);
-  const double sent = w.exchanged * (shape.blocks - 1) / shape.blocks, transfer = sent / kPeerBytes;
-  const double work =
-      std::max(w.product, (w.operands + sent) / kSharedBytes) + kProductLatency + kFragmentLatency;
-  const double cell = cell_cycles(w.cells, a, backward);
-  if (!backward)  // products begin with what has come first
-    return kWait + kPeerLatency + std::max(work, transfer) + transfer / 4 + kPartialSums + cell +
-           kSend;
-  const double reduction = w.cells * shape.blocks * 4 / kSharedBytes;
-  return kWait + kPeerLatency + std::max(work + transfer / 2, transfer + work / 2) + reduction / 2 +
-         cell + kReduceAndStore;
+  if (turns > 1) {  // the others' work hides what a turn waits for, if that takes long enough
+    const StepOfCluster turn(a, shape, tiles / turns, backward);
+    return std::max(turn.work + turn.waits, turns * turn.work);
+  }
+  const StepOfCluster step(a, shape, tiles, backward);
+  return step.work + step.waits;
 }
 
 // `groups` run at once and share L2.
@@ -189,11 +206,12 @@ constexpr double memory_us(const LayerShape& s, Arithmetic a) {
 }
 
 // The measured time of a step, or the model's.
-constexpr double step_us(Family family, Arithmetic a, int padded_hidden, int tiles, bool backward,
-                         const CudaDevice& device, double cycles) {
+constexpr double step_us(Family family, Arithmetic a, int padded_hidden, int tiles, int turns,
+                         bool backward, const CudaDevice& device, double cycles) {
   for (const Measured& m : kMeasured)
     if (m.family == family && m.arithmetic == a && m.padded_hidden == padded_hidden &&
-        m.column_tiles == tiles && m.backward == backward && m.architecture == device.architecture)
+        m.column_tiles == tiles && m.turns == turns && m.backward == backward &&
+        m.architecture == device.architecture)
       return m.us;
   return cycles / kClock;
 }
@@ -228,17 +246,17 @@ constexpr double cta_us(const LayerShape& s, Arithmetic a, int hidden, bool back
   const int64_t at_once = int64_t(device.multiprocessors) * (weights <= 32768 ? 2 : 1);
   const int64_t waves = ceil_div(ceil_div(s.B, 8) * s.D, at_once);
   const double step =
-      step_us(Family::rec_cta, a, hidden, 1, backward, device, cta_cycles(a, hidden, backward));
+      step_us(Family::rec_cta, a, hidden, 1, 1, backward, device, cta_cycles(a, hidden, backward));
   return kLaunch + double(waves) * weights_us(weights) +
          double(s.T) * std::max(double(waves) * step, memory_us(s, a));
 }
 
 constexpr double cluster_us(const LayerShape& s, Arithmetic a, const ResidentShape& shape,
-                            int tiles, bool backward, const CudaDevice& device) {
+                            int tiles, int turns, bool backward, const CudaDevice& device) {
   const int64_t waves =
       ceil_div(ceil_div(s.B, 8 * tiles) * s.D, resident_clusters(shape.blocks, device));
-  const double step = step_us(Family::rec_cluster, a, shape.hidden, tiles, backward, device,
-                              cluster_cycles(a, shape, tiles, backward));
+  const double step = step_us(Family::rec_cluster, a, shape.hidden, tiles, turns, backward, device,
+                              cluster_cycles(a, shape, tiles, turns, backward));
   const double weights = 4.0 * shape.hidden * shape.units() * 2 * parts_of(a);
   return prepared_us(s, a, shape.hidden) + kLaunch + double(waves) * weights_us(weights) +
          double(s.T) * std::max(double(waves) * step, memory_us(s, a));
@@ -247,7 +265,7 @@ constexpr double cluster_us(const LayerShape& s, Arithmetic a, const ResidentSha
 constexpr double group_us(const LayerShape& s, Arithmetic a, const ResidentShape& shape, int tiles,
                           int groups, bool backward, const CudaDevice& device) {
   const int64_t parts = ceil_div(s.B, 8 * tiles) * s.D, rounds = ceil_div(parts, groups);
-  const double step = step_us(Family::rec_group, a, shape.hidden, tiles, backward, device,
+  const double step = step_us(Family::rec_group, a, shape.hidden, tiles, 1, backward, device,
                               group_cycles(a, shape, tiles, groups, backward));
   const double weights = 4.0 * shape.hidden * shape.units() * 2 * parts_of(a);
   // Each part has words of its own, of two steps, which are zeroed first.

@@ -5,7 +5,8 @@
 //     dh = w_hh^T dgates[the step processed before] + dy[t];  cell backward (cell.h);  dgates[t]
 //
 // A cluster (group) of blocks has a part (part.cuh): 8, 16 or 32 batch rows of one recurrence, for
-// all steps. A block owns some of the hidden units. It turns dh of its units into dgates and
+// all steps. It may step its column tiles in turns: sums of some travel while the others are multiplied.
+// A block owns some of the hidden units. It turns dh of its units into dgates and
 // multiplies these by its own gate rows of w_hh, which gives a part of dh of all hidden units: each
 // owner gets its piece of that from every block (the sources), and adds them in the order of the
 // sources. Sent are floats, for float16 and bfloat16 values rounded to that, as dh itself would be
@@ -14,9 +15,9 @@
 // Products: row tiles of 16 hidden units, a few for each warp, of all column tiles; see resident.h
 // for rows and depth. In the order that mma leaves them, lane (g, q) with four sums, 32 consecutive
 // sums are 4 consecutive units, a quad, of 8 columns: those are the cells of one warp's lanes. A
-// warp has one or a few consecutive quads of one column tile, so that a thread's cells share a
-// batch row; warps that are left over have none. A thread has dh, dc and c of its cells in
-// registers.
+// warp has, in each turn, one or a few consecutive quads of one column tile, so that a thread's cells
+// of a turn share a batch row; warps that are left over have none. A thread has dh, dc and c of its
+// cells in registers.
 // Shared memory:
 //   gates, c, dy  rings, each of one warp, filled by cp.async up to 4 steps ahead (less if there
 //                 is no room)
@@ -24,7 +25,7 @@
 //                 cell is what one lane reads of a step in depth
 //   weights       those that registers do not hold; scales of their rows
 //   and what the Reduce needs.
-// Protocol, beside the Reduce's own: one block_sync a step. It ends these hazards: dgates are
+// Protocol, beside the Reduce's own: one block_sync a turn. It ends these hazards: dgates are
 // complete before any warp multiplies them (and, with two buffers, the former ones are multiplied
 // before they are overwritten); the ring's slot of this step is read before it is filled again.
 // Rings are a warp's own: its warp_sync at the start of a step makes the slots of this and of the
@@ -50,7 +51,7 @@ struct BackwardParams {
   bool aligned;       // inputs of four units at a time are aligned to their size
 };
 
-// A warp's ring of inputs for its quads. A slot has for each quad [4 gates][8 columns][4 units] of
+// A warp's ring of inputs for its quads. A slot has for each turn and quad [4 gates][8 columns][4 units] of
 // gates, then c, then dy: a warp reads 32 consecutive values at a time, in one order or another.
 template <class F, int kSlots>
 class InputRing {
@@ -59,7 +60,8 @@ class InputRing {
   static constexpr int kQuadBytes = kDyAt + 32 * sizeof(Element);
 
  public:
-  static constexpr int kSlotBytes = F::kCellWarps * F::kCells * kQuadBytes;  // of all warps
+  static constexpr int kSlotBytes =
+      F::kCellWarps * F::kTurns * F::kCells * kQuadBytes;  // of all warps
 
   // unit: of this lane's first cell.
   LSTM_DEVICE InputRing(ptx::Shared& shared, const BackwardParams& params, int unit)
@@ -71,13 +73,13 @@ class InputRing {
 
   // Begins to copy this lane's share of its column: a gate, c or dy of each quad's units. row: in
   // [T, B, D, H]. To be waited for like cp.async; rows that are not aligned are copied at once.
-  LSTM_DEVICE void fetch(int step, int64_t row) const {
+  LSTM_DEVICE void fetch(int step, int turn, int64_t row) const {
     const int share = unit_of_quad(), at = 4 * column_of_quad();
     LSTM_UNROLL
     for (int j = 0; j < F::kCells; ++j) {
       const unsigned unit = first_ + 4 * j;
       if (unit >= H_) return;
-      std::byte* const to = slot(step, j);
+      std::byte* const to = slot(step, turn, j);
       copy(reinterpret_cast<Element*>(to) + 32 * share + at,
            static_cast<const Element*>(p_.gates) + 4 * row + (share * H_ + unit), unit);
       if (share == 0)
@@ -89,22 +91,22 @@ class InputRing {
     }
   }
 
-  LSTM_DEVICE float gate(int step, int j, int k) const {
-    return to_compute(reinterpret_cast<const Element*>(slot(step, j))[32 * k + mine()]);
+  LSTM_DEVICE float gate(int step, int turn, int j, int k) const {
+    return to_compute(reinterpret_cast<const Element*>(slot(step, turn, j))[32 * k + mine()]);
   }
-  LSTM_DEVICE float c(int step, int j) const {
-    return reinterpret_cast<const float*>(slot(step, j) + kCAt)[mine()];
+  LSTM_DEVICE float c(int step, int turn, int j) const {
+    return reinterpret_cast<const float*>(slot(step, turn, j) + kCAt)[mine()];
   }
-  LSTM_DEVICE float dy(int step, int j) const {
-    return to_compute(reinterpret_cast<const Element*>(slot(step, j) + kDyAt)[mine()]);
+  LSTM_DEVICE float dy(int step, int turn, int j) const {
+    return to_compute(reinterpret_cast<const Element*>(slot(step, turn, j) + kDyAt)[mine()]);
   }
 
  private:
   static LSTM_DEVICE int mine() { return 4 * column_of_quad() + unit_of_quad(); }
 
-  LSTM_DEVICE std::byte* slot(int step, int j) const {
-    return bytes_ +
-           (step % kSlots * F::kCellWarps * F::kCells + warp() * F::kCells + j) * kQuadBytes;
+  LSTM_DEVICE std::byte* slot(int step, int turn, int j) const {
+    const int quad = (warp() * F::kTurns + turn) * F::kCells + j;
+    return bytes_ + step % kSlots * kSlotBytes + quad * kQuadBytes;
   }
 
   template <class Value>
@@ -145,9 +147,37 @@ struct BackwardShared {
   static constexpr int64_t kBytes = kOthers + kSlots * kSlotBytes;
 };
 
+// A thread's cells of one turn, if it has any: units of one batch row, and what goes from step to step.
+template <class F>
+struct CellsOfTurn {
+  bool in_batch;
+  int64_t b;
+  unsigned length;
+  Schedule own;  // of this row
+  // No state crosses into this step; the step processed before left a gradient of its h.
+  static constexpr unsigned kFresh = 1, kCrossed = 2;
+  unsigned flags;
+  float dh[F::kCells], dc[F::kCells], c[F::kCells];
+
+  LSTM_DEVICE void begin(const RecurrenceBackward& p, const Part& part, int column, bool any,
+                         int time) {
+    in_batch = any && column < part.rows;
+    b = part.b(column);
+    length = any ? unsigned(part.length(column)) : 0;
+    own = {length, p.shape.B, part.schedule.reversed, nullptr, p.reset};
+    flags = starts_fresh(time) ? kFresh : 0;
+  }
+  LSTM_DEVICE bool has(int time) const { return unsigned(time) < length; }
+  LSTM_DEVICE uint8_t starts_fresh(int time) const {  // a load that nothing waits for yet
+    const uint8_t* const boundary = has(time) ? own.boundary_before(time, b) : nullptr;
+    return boundary ? *boundary : 0;
+  }
+};
+
 template <class F, template <class> class ReduceOf>
 LSTM_DEVICE void run_backward(const BackwardParams& params) {
   using Element = typename F::Element;
+  using Cells = CellsOfTurn<F>;
   using InShared = BackwardShared<F, ReduceOf>;
   constexpr int kSlots = InShared::kSlots;
   const RecurrenceBackward& p = params.problem;
@@ -157,17 +187,14 @@ LSTM_DEVICE void run_backward(const BackwardParams& params) {
   const Part part = part_of(p.shape, p.lengths, p.reset, params.first + in_launch, F::kColumns);
   const int steps = int(part.schedule.T);
 
-  // This thread's cells, if it has any: units unit, unit + 4, ... of one batch row.
+  // This thread's cells, if it has any: in each turn units unit, unit + 4, ... of one batch row.
   const bool has_cells = F::kCellWarps == F::shape.warps || warp() < F::kCellWarps;
   const int tile = warp() % F::kTiles, quad = warp() / F::kTiles * F::kCells;
-  const int column = 8 * tile + column_of_quad();
+  const int column = 8 * tile + column_of_quad();  // of the first turn
   const int unit = int(block) * F::kUnits + 4 * quad + unit_of_quad();
-  const int64_t b = part.b(column);
-  const unsigned length = has_cells ? unsigned(part.length(column)) : 0;
-  const Schedule own{length, p.shape.B, part.schedule.reversed, nullptr, p.reset};  // of this row
-  const auto exists = [&](int j) { return has_cells && column < part.rows && unit + 4 * j < H; };
-  const auto state_at = [&](int j) {  // in [D, B, H]
-    return (unsigned(part.d) * p.shape.B + b) * H + unit + 4 * j;
+  const auto exists = [&](const Cells& cells, int j) { return cells.in_batch && unit + 4 * j < H; };
+  const auto state_at = [&](const Cells& cells, int j) {  // in [D, B, H]
+    return (unsigned(part.d) * p.shape.B + cells.b) * H + unit + 4 * j;
   };
 
   ptx::Shared shared;
@@ -181,34 +208,43 @@ LSTM_DEVICE void run_backward(const BackwardParams& params) {
                first_piece(F::fragments, part.d, int(block), warp(), F::kParts), shared);
   reduce.begin();
 
-  // Zeros where no row of the tile has steps.
-  const auto store = [&](int64_t at, int j, const Element(&gates)[4]) {  // at: in [T, B, D, H]
-    LSTM_UNROLL
-    for (int k = 0; k < 4; ++k)
-      if (exists(j)) static_cast<Element*>(p.dgates)[4 * at + unit + (k * H + 4 * j)] = gates[k];
-  };
-  const Element zeros[4] = {};
-  LSTM_NO_UNROLL
-  for (int64_t time = steps; time < p.shape.T; ++time) {
-    LSTM_UNROLL
-    for (int j = 0; j < F::kCells; ++j) store(part.row(p.shape, time, b) * H, j, zeros);
-  }
-
   // Steps go from the last to the first. Time t, the row of [T, B, D, H] and what they change by.
   int t = int(part.schedule.time(steps - 1));
   const int next = int(part.schedule.time(0) - part.schedule.time(1));
-  int64_t row = part.row(p.shape, t, b) * H;
+  int64_t row = part.row(p.shape, t, part.b(column)) * H;  // of the first turn
   const int64_t next_row = next * params.time_step;
-  const auto has = [&](int time) { return unsigned(time) < length; };
-  const auto starts_fresh = [&](int time) -> uint8_t {  // a load that nothing waits for yet
-    const uint8_t* const boundary = has(time) ? own.boundary_before(time, b) : nullptr;
-    return boundary ? *boundary : 0;
+  const int next_turn = 8 * F::kTiles * int(p.shape.D) * H;
+  Cells all[F::kTurns];
+  LSTM_UNROLL
+  for (int turn = 0; turn < F::kTurns; ++turn)
+    all[turn].begin(p, part, 8 * F::kTiles * turn + column, has_cells, t);
+
+  const auto store = [&](const Cells& cells, int64_t at, int j,
+                         const Element(&gates)[4]) {  // at: in [T, B, D, H]
+    LSTM_UNROLL
+    for (int k = 0; k < 4; ++k)
+      if (exists(cells, j))
+        static_cast<Element*>(p.dgates)[4 * at + unit + (k * H + 4 * j)] = gates[k];
   };
   const auto fetch = [&](int step, int ahead) {
-    if (has(t + ahead * next)) ring.fetch(step + ahead, row + ahead * next_row);
+    LSTM_UNROLL
+    for (int turn = 0; turn < F::kTurns; ++turn)
+      if (all[turn].has(t + ahead * next))
+        ring.fetch(step + ahead, turn, row + turn * next_turn + ahead * next_row);
     ptx::cp_async_commit();  // one group a step, even an empty one: the wait counts groups
   };
+
   if (has_cells) {
+    // Zeros where no row of the tile has steps.
+    const Element zeros[4] = {};
+    LSTM_NO_UNROLL
+    for (int64_t time = steps; time < p.shape.T; ++time) {
+      LSTM_UNROLL
+      for (int i = 0; i < F::kTurns * F::kCells; ++i) {
+        const Cells& cells = all[i / F::kCells];
+        store(cells, part.row(p.shape, time, cells.b) * H, i % F::kCells, zeros);
+      }
+    }
     LSTM_UNROLL
     for (int ahead = 0; ahead < kSlots; ++ahead) fetch(0, ahead);
     ptx::cp_async_wait<kSlots - 1>();
@@ -216,89 +252,109 @@ LSTM_DEVICE void run_backward(const BackwardParams& params) {
   }
   // dh and dc of a row that has not begun are those of its final state, so nothing has to be added
   // at its last step.
-  float dh[F::kCells], dc[F::kCells], c[F::kCells] = {};
   LSTM_UNROLL
-  for (int j = 0; j < F::kCells; ++j) {
+  for (int i = 0; i < F::kTurns * F::kCells; ++i) {
+    const int turn = i / F::kCells, j = i % F::kCells;
+    Cells& cells = all[turn];
     const auto state = [&](const void* values) {
-      return exists(j) && values ? to_compute(static_cast<const Element*>(values)[state_at(j)])
-                                 : 0.f;
+      return exists(cells, j) && values
+                 ? to_compute(static_cast<const Element*>(values)[state_at(cells, j)])
+                 : 0.f;
     };
-    dh[j] = state(p.dh_n);
-    dc[j] = state(p.dc_n);
-    if (has_cells) c[j] = ring.c(0, j);
+    cells.dh[j] = state(p.dh_n);
+    cells.dc[j] = state(p.dc_n);
+    cells.c[j] = has_cells ? ring.c(0, turn, j) : 0.f;
   }
-  // No state crosses into this step; the step processed before left a gradient of its h.
-  constexpr unsigned kFresh = 1, kCrossed = 2;
-  unsigned flags = starts_fresh(t) ? kFresh : 0;
+
+  // Before dh of this step has come: all that does not need it.
+  const auto prepare = [&](int step, int turn, Cell<float>(&gates)[F::kCells],
+                           float (&before)[F::kCells]) {
+    Cells& cells = all[turn];
+    LSTM_UNROLL
+    for (int j = 0; j < F::kCells; ++j) {
+      const bool active = exists(cells, j) && cells.has(t);
+      gates[j] = {ring.gate(step, turn, j, 0),
+                  ring.gate(step, turn, j, 1),
+                  ring.gate(step, turn, j, 2),
+                  ring.gate(step, turn, j, 3),
+                  DeviceMath<F::arithmetic>::tanh(cells.c[j]),
+                  0};
+      cells.c[j] = before[j] = ring.c(step + 1, turn, j);
+      if (active && t == cells.own.first(0))
+        before[j] = p.c0 ? to_compute(static_cast<const Element*>(p.c0)[state_at(cells, j)]) : 0.f;
+      if (cells.flags & Cells::kFresh) before[j] = 0;
+      if (cells.flags & Cells::kCrossed) cells.dh[j] = 0;
+      if (p.dy && active) cells.dh[j] += ring.dy(step, turn, j);
+      if (p.dc && active)
+        cells.dc[j] += static_cast<const float*>(p.dc)[row + turn * next_turn + unit + 4 * j];
+    }
+  };
+  // dgates of this step, in registers and as operand.
+  const auto differentiate = [&](int step, int turn, Cell<float>(&gates)[F::kCells],
+                                 const float (&before)[F::kCells], const float (&sums)[F::kCells],
+                                 Element(&dgates)[F::kCells][4]) {
+    Cells& cells = all[turn];
+    const bool fresh = cells.flags & Cells::kFresh;
+    uint32_t size = 0;
+    LSTM_UNROLL
+    for (int j = 0; j < F::kCells; ++j) {
+      const bool active = exists(cells, j) && cells.has(t);
+      if (cells.flags & Cells::kCrossed) cells.dh[j] += sums[j];
+      float dc_step = cells.dc[j];
+      Cell<float> d;
+      cell_backward<TanhKnown>(gates[j], before[j], cells.dh[j], dc_step, d);
+      // No state crosses into a fresh step, so no gradient leaves it.
+      cells.dc[j] = active ? (fresh ? 0.f : dc_step) : cells.dc[j];
+      cells.dh[j] = active ? 0.f : cells.dh[j];
+      const float values[4] = {d.i, d.f, d.g, d.o};
+      LSTM_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        dgates[j][k] = to_element<Element>(active ? values[k] : 0.f);
+        if constexpr (F::kScaled) size = larger(size, operand.size_of(dgates[j][k]));
+      }
+      operand.store(step * F::kTurns + turn, tile, quad + j, dgates[j]);
+    }
+    if constexpr (F::kScaled) operand.store_size(step * F::kTurns + turn, size);
+  };
 
   for (int step = 0; step < steps; ++step, t += next, row += next_row) {
-    const uint8_t fresh_next = starts_fresh(t + next);
-    Cell<float> cells[F::kCells];
-    float before[F::kCells] = {};
     if (has_cells) {
       ptx::cp_async_wait<kSlots - 2>();
       ptx::warp_sync();  // the slots of this step and of the next are there, for all lanes
-      LSTM_UNROLL
-      for (int j = 0; j < F::kCells; ++j) {
-        const bool active = exists(j) && has(t);
-        cells[j] = {ring.gate(step, j, 0),
-                    ring.gate(step, j, 1),
-                    ring.gate(step, j, 2),
-                    ring.gate(step, j, 3),
-                    DeviceMath<F::arithmetic>::tanh(c[j]),
-                    0};
-        c[j] = before[j] = ring.c(step + 1, j);
-        if (active && t == own.first(0))
-          before[j] = p.c0 ? to_compute(static_cast<const Element*>(p.c0)[state_at(j)]) : 0.f;
-        if (flags & kFresh) before[j] = 0;
-        if (flags & kCrossed) dh[j] = 0;
-        if (p.dy && active) dh[j] += ring.dy(step, j);
-        if (p.dc && active) dc[j] += static_cast<const float*>(p.dc)[row + unit + 4 * j];
-      }
     }
-    float sums[F::kCells] = {};
-    if (step > 0) reduce.receive(step - 1, has_cells, tile, quad, sums);
+    LSTM_UNROLL
+    for (int turn = 0; turn < F::kTurns; ++turn) {
+      Cells& cells = all[turn];
+      const uint8_t fresh_next = cells.starts_fresh(t + next);
+      Cell<float> gates[F::kCells];
+      float before[F::kCells], sums[F::kCells] = {};
+      if (has_cells) prepare(step, turn, gates, before);
+      if (step > 0) reduce.receive(step - 1, turn, has_cells, tile, quad, sums);
+      Element dgates[F::kCells][4];
+      if (has_cells) differentiate(step, turn, gates, before, sums, dgates);
+      cells.flags = (cells.has(t) && !(cells.flags & Cells::kFresh) ? Cells::kCrossed : 0) |
+                    (fresh_next ? Cells::kFresh : 0);
+      ptx::block_sync();  // the hazards of the protocol above
+      if (step + 1 < steps)
+        Multiplier<F, typename InShared::Operand, ReduceOf<F>>{weights, operand, scales,
+                                                               reduce,  step,    turn}
+            .run();
 
-    Element gates[F::kCells][4];
-    if (has_cells) {
-      uint32_t size = 0;
+      // Sums are on their way; the rest is nobody's wait.
       LSTM_UNROLL
-      for (int j = 0; j < F::kCells; ++j) {
-        const bool active = exists(j) && has(t);
-        if (flags & kCrossed) dh[j] += sums[j];
-        float dc_step = dc[j];
-        Cell<float> d;
-        cell_backward<TanhKnown>(cells[j], before[j], dh[j], dc_step, d);
-        // No state crosses into a fresh step, so no gradient leaves it.
-        dc[j] = active ? (flags & kFresh ? 0.f : dc_step) : dc[j];
-        dh[j] = active ? 0.f : dh[j];
-        const float values[4] = {d.i, d.f, d.g, d.o};
-        LSTM_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          gates[j][k] = to_element<Element>(active ? values[k] : 0.f);
-          if constexpr (F::kScaled) size = larger(size, operand.size_of(gates[j][k]));
-        }
-        operand.store(step, tile, quad + j, gates[j]);
-      }
-      if constexpr (F::kScaled) operand.store_size(step, size);
+      for (int j = 0; j < F::kCells && has_cells; ++j)
+        store(cells, row + turn * next_turn, j, dgates[j]);
     }
-    flags = (has(t) && !(flags & kFresh) ? kCrossed : 0) | (fresh_next ? kFresh : 0);
-    ptx::block_sync();  // the hazards of the protocol above
-    if (step + 1 < steps)
-      Multiplier<F, typename InShared::Operand, ReduceOf<F>>{weights, operand, scales, reduce, step}
-          .run();
-
-    // Sums are on their way; the rest is nobody's wait.
-    if (has_cells) {
-      LSTM_UNROLL
-      for (int j = 0; j < F::kCells; ++j) store(row, j, gates[j]);
-      fetch(step, kSlots);
-    }
+    if (has_cells) fetch(step, kSlots);
   }
 
   LSTM_UNROLL
-  for (int j = 0; j < F::kCells; ++j)
-    if (p.dc0 && exists(j)) static_cast<Element*>(p.dc0)[state_at(j)] = to_element<Element>(dc[j]);
+  for (int i = 0; i < F::kTurns * F::kCells; ++i) {
+    const int j = i % F::kCells;
+    const Cells& cells = all[i / F::kCells];
+    if (p.dc0 && exists(cells, j))
+      static_cast<Element*>(p.dc0)[state_at(cells, j)] = to_element<Element>(cells.dc[j]);
+  }
 }
 
 template <class F, template <class> class ReduceOf>

@@ -10,7 +10,7 @@
 
 namespace lstm_cuda::resident {
 
-template <Arithmetic arithmetic_, ResidentShape shape_, int tiles_>
+template <Arithmetic arithmetic_, ResidentShape shape_, int tiles_, int turns_>
 struct BackwardConfig {
   static constexpr Arithmetic arithmetic = arithmetic_;
   static constexpr ResidentShape shape = shape_;
@@ -18,7 +18,8 @@ struct BackwardConfig {
   using Element = typename Types<arithmetic>::Element;
   static constexpr int kParts = parts_of(arithmetic);
   static constexpr bool kScaled = sizeof(Element) == 4;  // operands are, weights and dgates
-  static constexpr int kTiles = tiles_, kColumns = 8 * kTiles;
+  // Column tiles of one turn, and turns of one step: a part has kTiles * kTurns.
+  static constexpr int kTiles = tiles_, kTurns = turns_, kColumns = 8 * kTiles * kTurns;
   static constexpr int kUnits = shape.units(), kThreads = shape.threads();
   static constexpr int kRowTiles = fragments.row_tiles(), kSteps = fragments.steps();
   // Quads of a column tile are shared out among kWarpsOfTile warps, kCells for each.
@@ -29,7 +30,7 @@ struct BackwardConfig {
   // What travels: for each unit tile of 16 and column tile of the owner 128 sums.
   using Sum = std::conditional_t<kScaled, float, Element>;
   using Packet = std::conditional_t<kScaled, uint4, uint2>;  // four of them
-  static constexpr int kSums = kUnits * kColumns;            // from one source to one owner
+  static constexpr int kSums = kUnits * 8 * kTiles;          // of a turn, from source to owner
   static_assert(kUnits % 16 == 0 && shape.warps % kTiles == 0 && kSteps % 2 == 0);
   static_assert(kQuads % kWarpsOfTile == 0 && 4 % kCells == 0,
                 "quads of a warp are in one unit tile");
@@ -68,15 +69,16 @@ LSTM_DEVICE typename F::Packet packet(const float (&sums)[4]) {
     return {packed<F::arithmetic>(sums[0], sums[1]), packed<F::arithmetic>(sums[2], sums[3])};
 }
 
-// dgates as B operand: for each column tile and step in depth what lane (g, q) needs, gates i, f,
+// dgates of a turn as B operand: for each column tile and step in depth what lane (g, q) needs, gates i, f,
 // g, o of unit q of that step and of column g. 16-bit values of two steps share 16 bytes, so that
-// each load is of 16. For scaled operands also the sizes from which scales are found.
+// each load is of 16. For scaled operands also the sizes from which scales are found. Turns, counted
+// through all steps, take the buffers one after the other.
 template <class F, int kBuffers>
 class Operand {
   using Element = typename F::Element;
   static constexpr int kPerPiece = F::kScaled ? 1 : 2;  // steps
   static constexpr int kPieces = F::kTiles * F::kSteps / kPerPiece * 32;
-  static constexpr int kSizes = F::kScaled ? F::kWarpsOfTile * F::kColumns : 0;
+  static constexpr int kSizes = F::kScaled ? F::kCellWarps * 8 : 0;
 
  public:
   static constexpr std::size_t kSharedBytes = kBuffers * (kPieces * 16 + kSizes * 4);
@@ -86,8 +88,8 @@ class Operand {
         sizes_(shared.take<uint32_t>(kBuffers * kSizes)) {}
 
   // This lane's cell of a quad.
-  LSTM_DEVICE void store(int step, int tile, int quad, const Element (&gates)[4]) const {
-    uint4* const to = pieces_ + step % kBuffers * kPieces +
+  LSTM_DEVICE void store(int turn, int tile, int quad, const Element (&gates)[4]) const {
+    uint4* const to = pieces_ + turn % kBuffers * kPieces +
                       (tile * F::kSteps + quad) / kPerPiece * 32 +
                       place(4 * column_of_quad() + unit_of_quad());
     uint32_t words[sizeof gates / 4];
@@ -99,12 +101,12 @@ class Operand {
   }
 
   // The size of this lane's largest value. Only if kScaled.
-  LSTM_DEVICE void store_size(int step, uint32_t size) const {
+  LSTM_DEVICE void store_size(int turn, uint32_t size) const {
     // Lanes that differ in these bits have other units of the same column.
     size = larger(size, ptx::shuffle_xor(size, 16));
     size = larger(size, ptx::shuffle_xor(size, 2));
     if (unit_of_quad() == 0)
-      sizes_[step % kBuffers * kSizes + warp() * 8 + column_of_quad()] = size;
+      sizes_[turn % kBuffers * kSizes + warp() * 8 + column_of_quad()] = size;
   }
   // As bits, which are ordered as sizes are. (A NaN or an infinity makes the scale small: it stays
   // what it is, and nothing else of its column matters.)
@@ -115,12 +117,12 @@ class Operand {
     float unscale[2];  // of columns 2q and 2q + 1; only if kScaled
   };
 
-  LSTM_DEVICE void load(int step, int tile, Fragments& all) const {
+  LSTM_DEVICE void load(int turn, int tile, Fragments& all) const {
     const uint4* const from =
-        pieces_ + step % kBuffers * kPieces + tile * F::kSteps / kPerPiece * 32 + place(lane());
+        pieces_ + turn % kBuffers * kPieces + tile * F::kSteps / kPerPiece * 32 + place(lane());
     float scale = 1;
     if constexpr (F::kScaled) {
-      const int exponent = clamped_exponent(column_size(step, tile));
+      const int exponent = clamped_exponent(column_size(turn, tile));
       scale = power_of_two(exponent);
       const float unscale = power_of_two(-exponent);
       all.unscale[0] = ptx::shuffle(unscale, unsigned(lane() % 4 * 8));
@@ -148,12 +150,12 @@ class Operand {
   // time: this keeps the banks of both apart.
   static LSTM_DEVICE int place(int l) { return l ^ (l / 4 & 2); }
 
-  LSTM_DEVICE uint32_t column_size(int step, int tile) const {
+  LSTM_DEVICE uint32_t column_size(int turn, int tile) const {
     uint32_t size = 0;
     LSTM_UNROLL
     for (int i = 0; i < F::kWarpsOfTile; ++i)
       size =
-          larger(size, sizes_[step % kBuffers * kSizes + (i * F::kTiles + tile) * 8 + lane() / 4]);
+          larger(size, sizes_[turn % kBuffers * kSizes + (i * F::kTiles + tile) * 8 + lane() / 4]);
     return size;
   }
 
@@ -183,7 +185,7 @@ class RowScales {
   float* values_;
 };
 
-// This warp's part of dh, of all column tiles, to its owners.
+// This warp's part of dh, of a turn's column tiles, to its owners.
 template <class F, class Operand, class Reduce>
 class Multiplier {
   static constexpr int kShared = F::shape.shared_backward, kHeld = F::kRowTiles - kShared;
@@ -202,7 +204,7 @@ class Multiplier {
   const Operand& operand;
   const RowScales<F>& scales;
   const Reduce& reduce;
-  int step;
+  int step, turn;
 
   LSTM_DEVICE void run() const {
     // Many tiles keep a warp busy; more side by side would take more registers than there are.
@@ -219,7 +221,7 @@ class Multiplier {
   LSTM_DEVICE void multiply(int tile) const {
     Fragments all;
     LSTM_UNROLL
-    for (int m = 0; m < kTogether; ++m) operand.load(step, tile + m, all[m]);
+    for (int m = 0; m < kTogether; ++m) operand.load(step * F::kTurns + turn, tile + m, all[m]);
     LSTM_UNROLL
     for (int i = 0; i < kHeld; i += kAtOnce) multiply<false>(i, tile, all);
     LSTM_NO_UNROLL
@@ -259,7 +261,7 @@ class Multiplier {
           if constexpr (F::kScaled)
             totals[r] = totals[r] * (r / 2 ? unscale.y : unscale.x) * all[m].unscale[r % 2];
         }
-        reduce.send(step, i + n, tile + m, totals);
+        reduce.send(step, turn, i + n, tile + m, totals);
       }
     }
   }

@@ -7,12 +7,14 @@ namespace lstm_cuda {
 Status rec_cluster_forward(const RecurrenceForward& p, const CudaPlan& plan,
                            const PackedWeights& weights, Stream stream) {
   constexpr const char* kName = "rec_cluster_forward";
-  const auto start = [&]<Arithmetic arithmetic, ResidentShape shape, int tiles>(unsigned parts) {
-    using F = resident::ForwardConfig<arithmetic, shape, tiles>;
-    using Team = resident::Team<F, resident::ClusterExchange>;
-    return resident::start_forward<F, Team>(kName, p, {weights, nullptr}, 0, parts, stream);
-  };
-  return resident::launch_planned<kClusterShapes, kClusterShapesExact>(kName, p.shape, plan, start);
+  const auto start =
+      [&]<Arithmetic arithmetic, ResidentShape shape, int tiles, int turns>(unsigned parts) {
+        using F = resident::ForwardConfig<arithmetic, shape, tiles, turns>;
+        using Team = resident::Team<F, resident::ClusterExchange>;
+        return resident::start_forward<F, Team>(kName, p, {weights, nullptr}, 0, parts, stream);
+      };
+  return resident::launch_planned<Family::rec_cluster, kClusterShapes, kClusterShapesExact>(
+      kName, p.shape, plan, start);
 }
 
 }  // namespace lstm_cuda

@@ -49,7 +49,7 @@ class Team {
     load_weights<Rows>(product_, tiles_, source.w_hh[d], H);
   }
 
-  LSTM_DEVICE void sums(int step, Compute (&own)[1][2][4]) const {
+  LSTM_DEVICE void sums(int step, int, Compute (&own)[1][2][4]) const {
     ptx::block_sync();  // the two hazards of the protocol above
     product_.multiply(tile(step), own[0]);
   }
@@ -74,7 +74,7 @@ Status rec_cta_forward(const RecurrenceForward& p, const CudaPlan& plan, Stream 
   constexpr const char* kName = "rec_cta_forward";
   const auto start = [&]<Arithmetic arithmetic, int padded>(unsigned parts) {
     constexpr ResidentShape shape{padded, 1, padded / 8, 1, 0, 0};
-    using F = resident::ForwardConfig<arithmetic, shape, 1>;
+    using F = resident::ForwardConfig<arithmetic, shape, 1, 1>;
     using Team = rec_cta::Team<F>;
     typename Team::Source source{};
     for (int64_t d = 0; d < p.shape.D; ++d) source.w_hh[d] = p.w_hh[d];

@@ -5,7 +5,8 @@
 //   each step:  gates = gates_x[t] + w_hh h[t-1];  cell (cell.h);  h[t], c[t]
 //
 // A team, one block or several, has a part (part.cuh): 8, 16 or 32 batch rows of one recurrence, for all
-// steps. A block has some of the hidden units, and all their gates. A warp has octets of 8 units and,
+// steps. It may step its column tiles in turns: h of some travels while the others are multiplied.
+// A block has some of the hidden units, and all their gates. A warp has octets of 8 units and,
 // where depth is split, a part of the depth (resident.h); warps that differ in depth only are a row
 // group. A pair of octet and column tile belongs to one warp of its row group: lane (g, q) has h and c of
 // unit g of the octet and columns 2q and 2q + 1 of the tile in registers for all steps.
@@ -27,7 +28,7 @@
 
 namespace lstm_cuda::resident {
 
-template <Arithmetic arithmetic_, ResidentShape shape_, int tiles_>
+template <Arithmetic arithmetic_, ResidentShape shape_, int tiles_, int turns_>
 struct ForwardConfig {
   static constexpr Arithmetic arithmetic = arithmetic_;
   static constexpr ResidentShape shape = shape_;
@@ -35,14 +36,16 @@ struct ForwardConfig {
   using Element = typename Types<arithmetic>::Element;
   using Compute = typename Types<arithmetic>::Compute;
   static constexpr int kParts = parts_of(arithmetic);
-  static constexpr int kTiles = tiles_, kColumns = 8 * kTiles;
+  // Column tiles of one turn, and turns of one step: a part has kTiles * kTurns.
+  static constexpr int kTiles = tiles_, kTurns = turns_, kColumns = 8 * kTiles * kTurns;
   static constexpr int kUnits = shape.units(), kThreads = shape.threads();
   static constexpr int kSplit = shape.split, kGroups = fragments.row_groups();
   static constexpr int kOctets = fragments.octets(), kSteps = fragments.steps();
-  // Pair j of a row group, octet j / kTiles and column tile j % kTiles, is owned by warp j % kOwners
-  // of it.
+  // Pair j of a row group and turn, octet j / kTiles and column tile j % kTiles, is owned by warp
+  // j % kOwners of it. Pair i of a warp is pair i % kOwned of turn i / kOwned.
   static constexpr int kPairs = kOctets * kTiles;
   static constexpr int kOwners = std::min(kPairs, kSplit), kOwned = kPairs / kOwners;
+  static constexpr int kAll = kTurns * kOwned;
   // An mma answers late: a warp keeps at least four sums going.
   static constexpr int kChains = 2 * kOctets * kTiles * kParts < 4 ? 2 : 1;
   // Of a ring: a slot has of each gate and column 8 units, for ldmatrix, or with a pitch that keeps
@@ -51,7 +54,7 @@ struct ForwardConfig {
   static constexpr int kPitch = sizeof(Element) == 2 ? 8 : sizeof(Element) == 4 ? 12 : 10;
   static constexpr int kSlotValues = 4 * 8 * kPitch;
   static constexpr int kSlots =
-      4 * kGroups * kOwners * kOwned * kSlotValues * int(sizeof(Element)) <= 100 * 1024 ? 4 : 2;
+      4 * kGroups * kOwners * kAll * kSlotValues * int(sizeof(Element)) <= 100 * 1024 ? 4 : 2;
   static_assert(kUnits % (8 * kGroups) == 0 && kPairs % kOwners == 0 && kSteps % 2 == 0);
 };
 
@@ -72,9 +75,11 @@ struct WarpRole {
 
   LSTM_DEVICE bool owner() const { return split < F::kOwners; }
   // Of its pair i: the column tile, and the unit of lane 0.
-  LSTM_DEVICE int tile(int i) const { return (i * F::kOwners + own) % F::kTiles; }
+  LSTM_DEVICE int tile(int i) const {
+    return i / F::kOwned * F::kTiles + (i % F::kOwned * F::kOwners + own) % F::kTiles;
+  }
   LSTM_DEVICE int unit(int i) const {
-    const int octet = group * F::kOctets + (i * F::kOwners + own) / F::kTiles;
+    const int octet = group * F::kOctets + (i % F::kOwned * F::kOwners + own) / F::kTiles;
     return block * F::kUnits + octet * 8;
   }
 };
@@ -102,7 +107,7 @@ class GateRing {
   using Element = typename F::Element;
   using Compute = typename F::Compute;
   static constexpr bool kHalf = sizeof(Element) == 2;
-  static constexpr int kOfWarp = F::kSlots * F::kOwned * F::kSlotValues;
+  static constexpr int kOfWarp = F::kSlots * F::kAll * F::kSlotValues;
 
  public:
   static constexpr int kValues = kOfWarp * F::kGroups * F::kOwners;
@@ -151,7 +156,7 @@ class GateRing {
 
  private:
   LSTM_DEVICE Element* slot(int step, int pair) const {
-    return values_ + (step % F::kSlots * F::kOwned + pair) * F::kSlotValues;
+    return values_ + (step % F::kSlots * F::kAll + pair) * F::kSlotValues;
   }
 
   Element* values_;
@@ -249,15 +254,15 @@ LSTM_DEVICE void run_forward(const ForwardParams<typename Team::Source>& params)
   // The rings of the first steps.
   const int64_t time_step = schedule.reversed ? -params.time_step : params.time_step;
   int64_t tile_at = part.row(p.shape, schedule.time(0), part.b0) * H;  // in [T, B, D, H]
-  int fetched_length[F::kOwned];
+  int fetched_length[F::kAll];
   LSTM_UNROLL
-  for (int i = 0; i < F::kOwned; ++i)
+  for (int i = 0; i < F::kAll; ++i)
     fetched_length[i] = part.length(8 * role.tile(i) + ring.column());
   const auto fetch = [&](int step, int64_t at) {
     if (step < steps) {
       const int t = int(schedule.time(step));
       LSTM_UNROLL
-      for (int i = 0; i < F::kOwned; ++i) {
+      for (int i = 0; i < F::kAll; ++i) {
         const int column = 8 * role.tile(i) + ring.column();
         if (t < fetched_length[i])
           ring.fetch(step, i, gates + 4 * (at + column * params.row_step), role.unit(i));
@@ -269,12 +274,12 @@ LSTM_DEVICE void run_forward(const ForwardParams<typename Team::Source>& params)
     fetch(step, tile_at + step * time_step);
 
   // State.
-  int length[F::kOwned][2], across_length[F::kOwned];
-  unsigned in_batch[F::kOwned];  // bits 0 and 1: columns 2q and 2q + 1; bit 2: column g
-  Compute c[F::kOwned][2];
-  Element h[F::kOwned][2];
+  int length[F::kAll][2], across_length[F::kAll];
+  unsigned in_batch[F::kAll];  // bits 0 and 1: columns 2q and 2q + 1; bit 2: column g
+  Compute c[F::kAll][2];
+  Element h[F::kAll][2];
   // Bits 0 and 1: no state of columns 2q and 2q + 1 crosses into this step; 2 and 3: into the next one.
-  unsigned fresh[F::kOwned];
+  unsigned fresh[F::kAll];
   const auto state_at = [&](int i, int j) {  // in [D, B, H]
     return (part.d * p.shape.B + part.b(8 * role.tile(i) + 2 * q + j)) * H + role.unit(i) + g;
   };
@@ -285,7 +290,7 @@ LSTM_DEVICE void run_forward(const ForwardParams<typename Team::Source>& params)
     return part.fresh(step, schedule.time(step), 8 * role.tile(i) + 2 * q, length[i]);
   };
   LSTM_UNROLL
-  for (int i = 0; i < F::kOwned; ++i) {
+  for (int i = 0; i < F::kAll; ++i) {
     LSTM_UNROLL
     for (int j = 0; j < 2; ++j) {
       const bool there = exists(i, j);
@@ -309,47 +314,53 @@ LSTM_DEVICE void run_forward(const ForwardParams<typename Team::Source>& params)
 
   for (int step = 0; step < steps; ++step, tile_at += time_step) {
     const int t = int(schedule.time(step));
-    Compute sums[F::kOwned][2][4] = {};
-    if (step > 0 || Team::kTakesState) team.sums(step, sums);
-    if (!role.owner()) continue;
-    ptx::cp_async_wait<F::kSlots - 2>();
-    ptx::warp_sync();  // the ring's slot of this step is there, that of the step before is read
-
     LSTM_UNROLL
-    for (int i = 0; i < F::kOwned; ++i) {
-      Compute gates_x[4][2];
-      ring.read(step, i, gates_x);
-      Cell<Compute> cells[2];
-      Compute m[2], c_value[2], sent[2];
-      unsigned active = unsigned(t < across_length[i]) << 2;
-      LSTM_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        Cell<Compute>& cell = cells[j];
-        const auto gate = [&](int k) { return sums[i][k / 2][k % 2 * 2 + j] + gates_x[k][j]; };
-        cell.i = gate(0), cell.f = gate(1), cell.g = gate(2), cell.o = gate(3);
-        cell_forward<DeviceMath<F::arithmetic>>(cell, fresh[i] >> j & 1 ? Compute(0) : c[i][j]);
-        const bool live = t < length[i][j];
-        active |= unsigned(live) << j;
-        m[j] = live ? cell.m : Compute(0);
-        c_value[j] = live ? cell.c : Compute(0);
-        h[i][j] = live ? to_element<Element>(cell.m) : h[i][j];
-        c[i][j] = live ? cell.c : c[i][j];
-        // A row that has not begun needs its initial state, unless that is in gates_x already.
-        const Compute next = Team::kTakesState && !live ? to_compute(h[i][j]) : m[j];
-        sent[j] = fresh[i] >> (2 + j) & 1 ? Compute(0) : next;
+    for (int turn = 0; turn < F::kTurns; ++turn) {
+      Compute sums[F::kOwned][2][4] = {};
+      if (step > 0 || Team::kTakesState) team.sums(step, turn, sums);
+      if (!role.owner()) continue;
+      if (turn == 0) {
+        ptx::cp_async_wait<F::kSlots - 2>();
+        ptx::warp_sync();  // the ring's slot of this step is there, that of the step before is read
       }
-      if (step + 1 < steps) team.send(step + 1, role.unit(i) / 8, role.tile(i), sent[0], sent[1]);
-      // h is on its way; nobody waits for the rest.
-      fresh[i] = fresh[i] >> 2 | starts_fresh(i, step + 2) << 2;
-      outputs.store(tile_at + 8 * role.tile(i) * params.row_step + role.unit(i), role.unit(i),
-                    in_batch[i], active, m, c_value, cells);
+
+      LSTM_UNROLL
+      for (int own = 0; own < F::kOwned; ++own) {
+        const int i = turn * F::kOwned + own;
+        Compute gates_x[4][2];
+        ring.read(step, i, gates_x);
+        Cell<Compute> cells[2];
+        Compute m[2], c_value[2], sent[2];
+        unsigned active = unsigned(t < across_length[i]) << 2;
+        LSTM_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          Cell<Compute>& cell = cells[j];
+          const auto gate = [&](int k) { return sums[own][k / 2][k % 2 * 2 + j] + gates_x[k][j]; };
+          cell.i = gate(0), cell.f = gate(1), cell.g = gate(2), cell.o = gate(3);
+          cell_forward<DeviceMath<F::arithmetic>>(cell, fresh[i] >> j & 1 ? Compute(0) : c[i][j]);
+          const bool live = t < length[i][j];
+          active |= unsigned(live) << j;
+          m[j] = live ? cell.m : Compute(0);
+          c_value[j] = live ? cell.c : Compute(0);
+          h[i][j] = live ? to_element<Element>(cell.m) : h[i][j];
+          c[i][j] = live ? cell.c : c[i][j];
+          // A row that has not begun needs its initial state, unless that is in gates_x already.
+          const Compute next = Team::kTakesState && !live ? to_compute(h[i][j]) : m[j];
+          sent[j] = fresh[i] >> (2 + j) & 1 ? Compute(0) : next;
+        }
+        if (step + 1 < steps) team.send(step + 1, role.unit(i) / 8, role.tile(i), sent[0], sent[1]);
+        // h is on its way; nobody waits for the rest.
+        fresh[i] = fresh[i] >> 2 | starts_fresh(i, step + 2) << 2;
+        outputs.store(tile_at + 8 * role.tile(i) * params.row_step + role.unit(i), role.unit(i),
+                      in_batch[i], active, m, c_value, cells);
+      }
     }
-    fetch(step + F::kSlots - 1, tile_at + (F::kSlots - 1) * time_step);
+    if (role.owner()) fetch(step + F::kSlots - 1, tile_at + (F::kSlots - 1) * time_step);
   }
 
   // State after each row's last step, and zeros where no row of the tile has steps.
   LSTM_UNROLL
-  for (int i = 0; i < F::kOwned && role.owner(); ++i) {
+  for (int i = 0; i < F::kAll && role.owner(); ++i) {
     LSTM_UNROLL
     for (int j = 0; j < 2; ++j) {
       if (!exists(i, j)) continue;

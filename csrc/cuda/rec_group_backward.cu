@@ -8,15 +8,17 @@ namespace lstm_cuda {
 Status rec_group_backward(const RecurrenceBackward& p, const CudaPlan& plan,
                           const PackedWeights& weights, void* words, Stream stream) {
   constexpr const char* kName = "rec_group_backward";
-  const auto start = [&]<Arithmetic arithmetic, ResidentShape shape, int tiles>(unsigned parts) {
-    using F = resident::BackwardConfig<arithmetic, shape, tiles>;
+  const auto start = [&]<Arithmetic arithmetic, ResidentShape shape, int tiles, int turns>(
+                         unsigned parts) {
+    using F = resident::BackwardConfig<arithmetic, shape, tiles, turns>;
     return resident::in_rounds(parts, plan.groups, [&](unsigned first, unsigned count) {
       auto* const own = static_cast<uint32_t*>(words) + first * resident::GroupReduce<F>::kWords;
       return resident::start_backward<F, resident::GroupReduce>(
           kName, resident::backward_params(p, weights, own), first, count, stream);
     });
   };
-  return resident::launch_planned<kGroupShapes, kGroupShapesExact>(kName, p.shape, plan, start);
+  return resident::launch_planned<Family::rec_group, kGroupShapes, kGroupShapesExact>(
+      kName, p.shape, plan, start);
 }
 
 }  // namespace lstm_cuda

@@ -13,15 +13,17 @@ int64_t rec_group_words(const LayerShape& shape, const CudaPlan& plan, bool back
 Status rec_group_forward(const RecurrenceForward& p, const CudaPlan& plan,
                          const PackedWeights& weights, void* words, Stream stream) {
   constexpr const char* kName = "rec_group_forward";
-  const auto start = [&]<Arithmetic arithmetic, ResidentShape shape, int tiles>(unsigned parts) {
-    using F = resident::ForwardConfig<arithmetic, shape, tiles>;
+  const auto start = [&]<Arithmetic arithmetic, ResidentShape shape, int tiles, int turns>(
+                         unsigned parts) {
+    using F = resident::ForwardConfig<arithmetic, shape, tiles, turns>;
     using Team = resident::Team<F, resident::GroupExchange>;
     return resident::in_rounds(parts, plan.groups, [&](unsigned first, unsigned count) {
       auto* const own = static_cast<uint32_t*>(words) + first * resident::GroupExchange<F>::kWords;
       return resident::start_forward<F, Team>(kName, p, {weights, own}, first, count, stream);
     });
   };
-  return resident::launch_planned<kGroupShapes, kGroupShapesExact>(kName, p.shape, plan, start);
+  return resident::launch_planned<Family::rec_group, kGroupShapes, kGroupShapesExact>(
+      kName, p.shape, plan, start);
 }
 
 }  // namespace lstm_cuda

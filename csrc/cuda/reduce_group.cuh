@@ -27,6 +27,7 @@ namespace lstm_cuda::resident {
 template <class F>
 class GroupReduce {
   using Sum = typename F::Sum;
+  static_assert(F::kTurns == 1);
   static constexpr int kBlocks = F::shape.blocks;
   static constexpr int kSourceWords = F::kSums * sizeof(Sum) / 4;
   static constexpr int kOwnerWords = kBlocks * kSourceWords, kSlotWords = kBlocks * kOwnerWords;
@@ -61,7 +62,8 @@ class GroupReduce {
 
   // What has come for this thread's cells, if it has any. All threads of the block call this, once
   // for each step that is sent.
-  LSTM_DEVICE void receive(int step, bool has_cells, int tile, int quad, float (&sums)[F::kCells]) {
+  LSTM_DEVICE void receive(int step, int, bool has_cells, int tile, int quad,
+                           float (&sums)[F::kCells]) {
     const uint32_t tag = tag_of(step);
     const auto ready = [tag](const uint4& v) {
       return (((v.x ^ tag) | (v.y ^ tag) | (v.z ^ tag) | (v.w ^ tag)) & 1) == 0;
@@ -91,7 +93,7 @@ class GroupReduce {
   }
 
   // This lane's four sums of one of the warp's row tiles and a column tile.
-  LSTM_DEVICE void send(int step, int row_tile, int tile, const float (&sums)[4]) const {
+  LSTM_DEVICE void send(int step, int, int row_tile, int tile, const float (&sums)[4]) const {
     static_assert(F::kUnits == 16, "a row tile is what one owner has");
     const uint32_t tag = tag_of(step);
     auto v = packet<F>(sums);

@@ -122,18 +122,24 @@ class Weights {
   uint4* shared_ = nullptr;
 };
 
-// What start<arithmetic, shape, tiles>(parts) gives for the compiled kernel that the plan asks for, or
-// nothing.
-template <Arithmetic arithmetic, const auto& shapes, class Start>
+// What start<arithmetic, shape, tiles of a turn, turns>(parts) gives for the compiled kernel that the plan
+// asks for, or nothing.
+template <Family family, Arithmetic arithmetic, const auto& shapes, class Start>
 std::optional<Status> start_by_shape(const CudaPlan& plan, unsigned parts, Start start) {
   std::optional<Status> started;
+  const auto with_turns = [&]<ResidentShape shape, int tiles>() {
+    if constexpr (tiles <= most_tiles(arithmetic, shape)) {
+      if (plan.column_tiles != tiles) return;
+      if (plan.turns == 1) started = start.template operator()<arithmetic, shape, tiles, 1>(parts);
+      if constexpr (most_turns(family, tiles) == 2)
+        if (plan.turns == 2)
+          started = start.template operator()<arithmetic, shape, tiles / 2, 2>(parts);
+    }
+  };
   const auto with_tiles = [&]<ResidentShape shape>() {
-    constexpr int most = most_tiles(arithmetic, shape);
-    if (plan.column_tiles == 1) started = start.template operator()<arithmetic, shape, 1>(parts);
-    if constexpr (most >= 2)
-      if (plan.column_tiles == 2) started = start.template operator()<arithmetic, shape, 2>(parts);
-    if constexpr (most == 4)
-      if (plan.column_tiles == 4) started = start.template operator()<arithmetic, shape, 4>(parts);
+    with_turns.template operator()<shape, 1>();
+    with_turns.template operator()<shape, 2>();
+    with_turns.template operator()<shape, 4>();
   };
   [&]<std::size_t... i>(std::index_sequence<i...>) {
     ((plan.resident.hidden == shapes[i].hidden ? with_tiles.template operator()<shapes[i]>()
@@ -143,7 +149,7 @@ std::optional<Status> start_by_shape(const CudaPlan& plan, unsigned parts, Start
   return started;
 }
 
-template <const auto& shapes, const auto& exact_shapes, class Start>
+template <Family family, const auto& shapes, const auto& exact_shapes, class Start>
 Status launch_planned(const char* kernel, const LayerShape& shape, const CudaPlan& plan,
                       Start start) {
   const auto by_arithmetic = [&](unsigned parts) -> std::optional<Status> {
@@ -151,13 +157,13 @@ Status launch_planned(const char* kernel, const LayerShape& shape, const CudaPla
       case Arithmetic::float64:
         return {};
       case Arithmetic::float32:
-        return start_by_shape<Arithmetic::float32, exact_shapes>(plan, parts, start);
+        return start_by_shape<family, Arithmetic::float32, exact_shapes>(plan, parts, start);
       case Arithmetic::tf32:
-        return start_by_shape<Arithmetic::tf32, shapes>(plan, parts, start);
+        return start_by_shape<family, Arithmetic::tf32, shapes>(plan, parts, start);
       case Arithmetic::float16:
-        return start_by_shape<Arithmetic::float16, shapes>(plan, parts, start);
+        return start_by_shape<family, Arithmetic::float16, shapes>(plan, parts, start);
       default:
-        return start_by_shape<Arithmetic::bfloat16, shapes>(plan, parts, start);
+        return start_by_shape<family, Arithmetic::bfloat16, shapes>(plan, parts, start);
     }
   };
   return lstm_cuda::launch_planned(kernel, shape, plan.arithmetic, plan.resident.hidden,

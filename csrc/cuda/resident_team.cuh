@@ -2,11 +2,11 @@
 // on tensor cores, depth split among warps that add up through shared memory. The Exchange is how h
 // travels.
 //
-// Partial sums: [2 steps][warp][pair], and a named barrier of the row group. In a cluster, warps that own
-// no pair only arrive there: such a warp may be one step ahead of its row group, but not two, since it
-// waits for the group's h, and so for those who read its sums; hence two buffers and two barriers, used
-// in turn. In a group, h comes as words that order nothing, so all wait at the barrier: that of the next
-// step ends the reads of this one's sums.
+// Partial sums: [2][warp][pair], and a named barrier of the row group; each turn takes the other half.
+// All wait at the barrier, and that of the next turn ends the reads of this one's sums. In a cluster that
+// has one turn a step, warps that own no pair only arrive: such a warp may be one step ahead of its row
+// group, but not two, since it waits for the group's h, and so for those who read its sums. In a group
+// that is not enough: h comes as words that order nothing.
 // There is no product in the first step: h0 is in gates_x already (families.h).
 #pragma once
 
@@ -16,8 +16,8 @@
 namespace lstm_cuda::resident {
 
 // Sums over the depth, of which each warp of a row group has a part.
-// ordered: to have received h of a step means that everything its senders read before has been read.
-template <class F, bool ordered>
+// arrive: warps that own no pair need not wait.
+template <class F, bool arrive>
 class Partials {
   static constexpr bool kKeepsOwn = F::kOwners <= 2;  // else choosing takes longer than storing
 
@@ -29,9 +29,9 @@ class Partials {
     if constexpr (F::kSplit > 1) pieces_ = shared.take<float4>(kPieces, 16) + lane();
   }
 
-  // What this warp's pairs come to; only owners get it.
+  // What this warp's pairs come to; only owners get it. Turns are counted through all steps.
   template <class AllSums>
-  LSTM_DEVICE void add_up(int step, int group, int split, const AllSums& sums,
+  LSTM_DEVICE void add_up(int turn, int group, int split, const AllSums& sums,
                           float (&own)[F::kOwned][2][4]) const {
     if constexpr (F::kSplit == 1) {
       LSTM_UNROLL
@@ -45,12 +45,12 @@ class Partials {
         for (int atom = 0; atom < 2; ++atom) {
           const float4 v{total(sums, j, atom, 0), total(sums, j, atom, 1), total(sums, j, atom, 2),
                          total(sums, j, atom, 3)};
-          if (!kKeepsOwn || !mine) *at(step, group, split, j, atom) = v;
+          if (!kKeepsOwn || !mine) *at(turn, group, split, j, atom) = v;
           if (kKeepsOwn && mine) set(own[j / F::kOwners][atom], v);
         }
       }
-      const unsigned barrier = 1 + unsigned(step % 2 * F::kGroups + group);
-      if (ordered && split >= F::kOwners) {
+      const unsigned barrier = 1 + unsigned(turn % 2 * F::kGroups + group);
+      if (arrive && split >= F::kOwners) {
         ptx::named_arrive(barrier, 32 * F::kSplit);  // this warp's sums are there
         return;
       }
@@ -62,7 +62,7 @@ class Partials {
         LSTM_UNROLL
         for (int n = 0; n < F::kSplit - kKeepsOwn; ++n) {
           const int other = kKeepsOwn && n >= split ? n + 1 : n;
-          const float4 v = *at(step, group, other, j, i % 2);
+          const float4 v = *at(turn, group, other, j, i % 2);
           float (&to)[4] = own[i / 2][i % 2];
           if (!kKeepsOwn && n == 0) {
             set(to, v);
@@ -85,8 +85,8 @@ class Partials {
   static LSTM_DEVICE void set(float (&to)[4], const float4& v) {
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
   }
-  LSTM_DEVICE float4* at(int step, int group, int split, int pair, int atom) const {
-    const int row = ((step % 2 * F::kGroups + group) * F::kSplit + split) * F::kPairs + pair;
+  LSTM_DEVICE float4* at(int turn, int group, int split, int pair, int atom) const {
+    const int row = ((turn % 2 * F::kGroups + group) * F::kSplit + split) * F::kPairs + pair;
     return pieces_ + (row * 2 + atom) * 32;
   }
 
@@ -96,7 +96,7 @@ class Partials {
 template <class F, template <class> class ExchangeOf>
 class Team {
   using Exchange = ExchangeOf<F>;
-  using Partials = resident::Partials<F, Exchange::kOrders>;
+  using Partials = resident::Partials<F, Exchange::kOrders && F::kTurns == 1>;
   static constexpr int kRows = F::fragments.row_tiles();
   using Held = Weights<F::kParts, kRows, F::kSteps, 0, F::shape.shared_forward>;
   static_assert(2 * F::kGroups < 16, "barriers of a block");
@@ -127,7 +127,7 @@ class Team {
     exchange_.begin();
   }
 
-  LSTM_DEVICE void sums(int step, float (&own)[F::kOwned][2][4]) {
+  LSTM_DEVICE void sums(int step, int turn, float (&own)[F::kOwned][2][4]) {
     Sums<F::arithmetic> all[F::kChains][kRows][F::kTiles];
     using Operand = uint32_t[F::kParts][2];
     const auto use = [&](int tile, int k, const Operand& b) {
@@ -143,8 +143,8 @@ class Team {
       LSTM_UNROLL
       for (int row = 0; row < kRows; ++row) all[0][row][tile].add(zeros, b);
     };
-    exchange_.receive(step, use, spoil);
-    partials_.add_up(step, role_.group, role_.split, all, own);
+    exchange_.receive(step, turn, use, spoil);
+    partials_.add_up(step * F::kTurns + turn, role_.group, role_.split, all, own);
     LSTM_UNROLL
     for (int i = 0; i < F::kOwned * 8 && kScaled; ++i)
       own[i / 8][i / 4 % 2][i % 4] *= unscale_[i / 8][i / 4 % 2 * 2 + i / 2 % 2];

@@ -30,6 +30,7 @@ struct Case {
   Inputs inputs = Inputs::usual;
   int tiles = 1;   // of 8 batch rows, of a cluster or group
   int groups = 1;  // at once
+  int turns = 1;   // in which a cluster takes its tiles
 };
 
 using Values = std::vector<double>;

@@ -14,10 +14,12 @@ namespace {
 const Case kClusterCases[] = {
     {6, 9, 2, 100, 0, 2, true, true, true, true},
     {3, 17, 1, 129, 0, 1, true, false, true, true, Inputs::usual, 2},
+    {4, 19, 1, 256, 0, 0, true, true, true, true, Inputs::usual, 2, 1, 2},
     {3, 5, 1, 384, 0, 0, false, true, true, true},
     {3, 30, 1, 376, 0, 1, true, true, true, false, Inputs::usual, 4},
     {3, 9, 1, 512, 0, 0, false, false, true, true},
     {3, 30, 1, 499, 0, 1, true, true, false, true, Inputs::usual, 4},
+    {3, 27, 1, 512, 0, 0, true, true, true, true, Inputs::usual, 4, 1, 2},
 };
 
 // Whose groups are all of a launch, or fewer than there are parts.
@@ -40,6 +42,7 @@ std::optional<CudaPlan> plan_of(const ResidentShape (&shapes)[count], Family fam
     plan.family = family, plan.possible = true, plan.arithmetic = arithmetic;
     plan.resident = resident, plan.groups = c.groups;
     plan.column_tiles = std::min(c.tiles, most_tiles(arithmetic, resident));
+    plan.turns = std::min(c.turns, most_turns(family, plan.column_tiles));
     return plan;
   }
   return {};

@@ -7,12 +7,12 @@ using namespace lstm_cuda::test;
 
 namespace {
 
-template <Arithmetic arithmetic, ResidentShape shape, int tiles>
+template <Arithmetic arithmetic, ResidentShape shape, int tiles, int turns>
 struct Small {
   static Kernels get(const CudaPlan& plan, const LayerShape& layer) {
-    const unsigned parts = unsigned(tiles_of(layer, 8 * tiles) * layer.D);
+    const unsigned parts = unsigned(tiles_of(layer, 8 * tiles * turns) * layer.D);
     return {[=](const RecurrenceForward& p) {
-              using F = resident::ForwardConfig<arithmetic, shape, tiles>;
+              using F = resident::ForwardConfig<arithmetic, shape, tiles, turns>;
               using Team = resident::Team<F, resident::GroupExchange>;
               const int64_t bytes = 4 * resident::GroupExchange<F>::kWords * parts;
               return with_packed(p, plan, bytes, [&](const PackedWeights& weights, void* words) {
@@ -21,7 +21,7 @@ struct Small {
               });
             },
             [=](const RecurrenceBackward& p) {
-              using F = resident::BackwardConfig<arithmetic, shape, tiles>;
+              using F = resident::BackwardConfig<arithmetic, shape, tiles, turns>;
               const int64_t bytes = 4 * resident::GroupReduce<F>::kWords * parts;
               return with_packed(p, plan, bytes, [&](const PackedWeights& weights, void* words) {
                 return resident::start_backward<F, resident::GroupReduce>(
@@ -36,9 +36,9 @@ struct Small {
 constexpr ResidentShape kHeld{128, 8, 4, 4, 0, 0}, kShared{256, 16, 4, 4, 2, 2};
 
 std::optional<Kernels> choose(Arithmetic arithmetic, const LayerShape& layer, const Case& c) {
-  if (c.H > 128) return small_kernels<Small, kShared, 2>(arithmetic, layer);
-  if (c.tiles == 4) return small_kernels<Small, kHeld, 4>(arithmetic, layer);
-  return small_kernels<Small, kHeld, 1>(arithmetic, layer);
+  if (c.H > 128) return small_kernels<Small, kShared, 2, 1>(arithmetic, layer);
+  if (c.tiles == 4) return small_kernels<Small, kHeld, 4, 1>(arithmetic, layer);
+  return small_kernels<Small, kHeld, 1, 1>(arithmetic, layer);
 }
 
 }  // namespace
