@@ -30,6 +30,7 @@ void fill(const Inputs& in, Problem& p) {
   p.w_hr = in.shape.projected ? in.w_hr_pointers.data() : nullptr;
   p.h0 = pointer(in.h0);
   p.c0 = pointer(in.c0);
+  p.wide_c = in.c_type != in.type;
   p.lengths = pointer<const int64_t*>(in.lengths);
   p.reset = pointer<const uint8_t*>(in.reset);
 }
@@ -63,7 +64,7 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
   const Tensors b = checked("bias", bias, bias.empty() ? 0 : 2 * D, {4 * H}, in.type, x);
   const std::vector<const void*> b_pointers = pointers(b);
   const Tensor y = empty({T, B, D * P}, in.type, x), h_n = empty({D, B, P}, in.type, x),
-               c_n = empty({D, B, H}, in.type, x);
+               c_n = empty({D, B, H}, in.c_type, x);
   const Tensor gates = empty(save ? Sizes{T, B, D, 4 * H} : Sizes{0}, compute, x);
   const Tensor c = empty(save || cells ? Sizes{T, B, D, H} : Sizes{0}, compute, x);
 
@@ -121,8 +122,8 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   }
   run(cpu_kernels()[dtype].backward, p, true, x);
   if (compute != in.type) {
-    for (Tensor* t : {&dx, &dh0, &dc0, &dw_ih, &dw_hh, &db, &dw_hr})
-      *t = torch::stable::to(*t, in.type);
+    for (Tensor* t : {&dx, &dh0, &dw_ih, &dw_hh, &db, &dw_hr}) *t = torch::stable::to(*t, in.type);
+    if (in.c_type != compute) dc0 = torch::stable::to(dc0, in.type);
   }
   return {dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr};
 }

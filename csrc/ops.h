@@ -69,6 +69,7 @@ Tensor empty(const Sizes& sizes, ScalarType type, const Tensor& x);
 struct Inputs {
   LayerShape shape;
   ScalarType type;
+  ScalarType c_type;  // of c0, and so of c_n and their gradients: `type` or the compute type
   Tensor x;
   Tensors w_ih, w_hh, w_hr;
   OptionalTensor h0, c0, lengths, reset;

@@ -213,6 +213,7 @@ void fill(Problem& p, const Inputs& in) {
   p.w_hh = in.w_hh_pointers.data();
   p.w_hr = in.shape.projected ? in.w_hr_pointers.data() : nullptr;
   p.c0 = pointer(in.c0);
+  p.wide_c = in.c_type != in.type;
   p.lengths = pointer<const int64_t*>(in.lengths);
   p.reset = pointer<const uint8_t*>(in.reset);
 }
@@ -232,7 +233,7 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
   if (T == 0 || B == 0) {
     const Tensor gates = empty(save ? Sizes{T, B, D, 4 * H} : Sizes{0}, in.type, x);
     return {y, state_or_zeros(in.h0, {D, B, P}, in.type, x),
-            state_or_zeros(in.c0, {D, B, H}, in.type, x), gates, c};
+            state_or_zeros(in.c0, {D, B, H}, in.c_type, x), gates, c};
   }
 
   OptionalTensor biases;
@@ -242,7 +243,7 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
     check(add_biases(in.shape, b_pointers.data(), b_pointers.data() + D, biases->data_ptr(),
                      context.stream));
   }
-  const Tensor h_n = empty({D, B, P}, in.type, x), c_n = empty({D, B, H}, in.type, x);
+  const Tensor h_n = empty({D, B, P}, in.type, x), c_n = empty({D, B, H}, in.c_type, x);
 
   Forward forward{in, Products(x, allow_tf32, context.stream), biases, packed, layout};
   RecurrenceForward& p = forward.p;
@@ -276,7 +277,7 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
     };
     return {zeros_if(need_dx, {T, B, I}),
             h0 ? state_or_zeros(grads.dh_n, {D, B, P}, in.type, x) : nothing,
-            c0 ? state_or_zeros(grads.dc_n, {D, B, H}, in.type, x) : nothing,
+            c0 ? state_or_zeros(grads.dc_n, {D, B, H}, in.c_type, x) : nothing,
             zeros_if(need_dw, {D, 4 * H, I}),
             zeros_if(need_dw, {D, 4 * H, P}),
             zeros_if(need_dw, {D, 4 * H}),
@@ -286,7 +287,7 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const int64_t rows = T * B;
   const Tensor dgates = empty({rows, D, 4 * H}, in.type, x);
   const Tensor dh = projected ? empty({rows, D, P}, in.type, x) : nothing;
-  const Tensor dc0 = c0 ? empty({D, B, H}, in.type, x) : nothing;
+  const Tensor dc0 = c0 ? empty({D, B, H}, in.c_type, x) : nothing;
   Backward backward{in, {}, h0 ? empty({D, B, P}, in.type, x) : nothing};
   RecurrenceBackward& p = backward.p;
   fill(p, in);

@@ -75,7 +75,7 @@ Tensor empty(const Sizes& sizes, ScalarType type, const Tensor& x) {
 Inputs::Inputs(const Tensor& x_in, const Tensors& w_ih_in, const Tensors& w_hh_in,
                const Tensors& w_hr_in, const OptionalTensor& h0_in, const OptionalTensor& c0_in,
                const OptionalTensor& lengths_in, const OptionalTensor& reset_in, int64_t reversed)
-    : type(x_in.scalar_type()), x(x_in) {
+    : type(x_in.scalar_type()), c_type(c0_in ? c0_in->scalar_type() : type), x(x_in) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [T, B, I]; got ", text(sizes_of(x)));
   STD_TORCH_CHECK(!w_ih_in.empty() && w_ih_in[0].dim() == 2 && w_ih_in[0].size(0) % 4 == 0 &&
                       w_ih_in[0].size(0) > 0,
@@ -93,7 +93,11 @@ Inputs::Inputs(const Tensor& x_in, const Tensors& w_ih_in, const Tensors& w_hh_i
   w_hh = checked("w_hh", w_hh_in, D, {4 * H, P}, type, x);
   w_hr = checked("w_hr", w_hr_in, projected ? D : 0, {P, H}, type, x);
   h0 = checked("h0", h0_in, {D, shape.B, P}, type, x);
-  c0 = checked("c0", c0_in, {D, shape.B, H}, type, x);
+  STD_TORCH_CHECK(c_type == type || c_type == compute_type(type), "c0 must be ",
+                  torch::headeronly::toString(type), " like x, or ",
+                  torch::headeronly::toString(compute_type(type)), "; got ",
+                  torch::headeronly::toString(c_type));
+  c0 = checked("c0", c0_in, {D, shape.B, H}, c_type, x);
   lengths = checked("lengths", lengths_in, {shape.B}, ScalarType::Long, x);
   reset = checked("reset", reset_in, {shape.T, shape.B}, ScalarType::Bool, x);
   w_ih_pointers = pointers(w_ih);
@@ -111,7 +115,7 @@ Gradients::Gradients(const Inputs& in, const OptionalTensor& dy_in, const Option
   c = checked("c", c_in, {T, B, D, H}, compute, in.x);
   dy = checked("dy", dy_in, {T, B, D * P}, in.type, in.x);
   dh_n = checked("dh_n", dh_n_in, {D, B, P}, in.type, in.x);
-  dc_n = checked("dc_n", dc_n_in, {D, B, H}, in.type, in.x);
+  dc_n = checked("dc_n", dc_n_in, {D, B, H}, in.c_type, in.x);
   dc = checked("dc", dc_in, {T, B, D, H}, compute, in.x);
 }
 

@@ -35,12 +35,13 @@ struct LayerForward {
   const void* const* b_hh;  // D pointers, [4H]; null without bias
   const void* const* w_hr;  // D pointers, [P, H]; null unless projected
   const void* h0;           // [D, B, P] or null (zeros)
-  const void* c0;           // [D, B, H] or null (zeros)
+  const void* c0;           // [D, B, H] or null (zeros); as wide_c says
+  bool wide_c;              // c0 and c_n are in the compute type, not in the shape's dtype
   const int64_t* lengths;   // [B], each in 0..T, or null (all T)
   const uint8_t* reset;     // [T, B], 0 or 1, or null (never)
   void* y;                  // [T, B, D, P]
   void* h_n;                // [D, B, P]
-  void* c_n;                // [D, B, H]
+  void* c_n;                // [D, B, H], as wide_c says
   void* gates;              // [T, B, D, 4H], activated, or null (inference)
   void* c;                  // [T, B, D, H] or null; gates implies c
 };
@@ -55,6 +56,7 @@ struct LayerBackward {
   const void* const* w_hr;
   const void* h0;
   const void* c0;
+  bool wide_c;
   const int64_t* lengths;
   const uint8_t* reset;
   const void* y;  // what the forward pass gave

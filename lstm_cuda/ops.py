@@ -246,7 +246,8 @@ def layer_forward(
         bias: none, or 2D tensors [4H]: ``b_ih`` of each recurrence, then ``b_hh`` of each.
         w_hr: none (then P = H), or D tensors [P, H].
         h0: [D, B, P] or None for zeros.
-        c0: [D, B, H] or None for zeros.
+        c0: [D, B, H] or None for zeros; in x's dtype or in ``compute_dtype``, so that a sequence
+            in chunks of time loses nothing between them.
         lengths: [B] int64 on x's device, or None.
         reset: [T, B] bool, or None.
         reversed: bit d set: recurrence d runs backwards in time.
@@ -257,9 +258,10 @@ def layer_forward(
         packed_layout: its layout; where the call's is another, w_hh is packed anew.
 
     Returns:
-        y [T, B, D*P] contiguous, h_n [D, B, P], c_n [D, B, H] in x's dtype; gates [T, B, D, 4H]
-        (activated i, f, g, o; [0] unless ``save``) in ``saved_gates_dtype``; c [T, B, D, H] ([0]
-        unless ``save`` or ``cells``) in ``compute_dtype``.
+        y [T, B, D*P] contiguous and h_n [D, B, P] in x's dtype; c_n [D, B, H] in c0's, or x's
+        without c0; gates [T, B, D, 4H] (activated i, f, g, o; [0] unless ``save``) in
+        ``saved_gates_dtype``; c [T, B, D, H] ([0] unless ``save`` or ``cells``) in
+        ``compute_dtype``.
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _outside_autocast(
         _forward, x.device.type,
@@ -303,7 +305,8 @@ def layer_backward(
     Returns:
         dx [T, B, I] ([0] unless ``need_dx``), dh0 [D, B, P] and dc0 [D, B, H] ([0] without h0, c0),
         dw_ih [D, 4H, I], dw_hh [D, 4H, P], db [D, 4H] (of either bias), dw_hr [D, P, H] ([0]
-        without projection); the last four are [0] unless ``need_dw``. All in x's dtype.
+        without projection); the last four are [0] unless ``need_dw``. dc0 in c0's dtype, which is
+        dc_n's, too; all others in x's.
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _outside_autocast(
         _backward, x.device.type,
@@ -360,7 +363,7 @@ def _layer_forward_fake(
     return (
         x.new_empty(T, B, D * P),
         x.new_empty(D, B, P),
-        x.new_empty(D, B, H),
+        x.new_empty(D, B, H, dtype=x.dtype if c0 is None else c0.dtype),
         x.new_empty((T, B, D, 4 * H) if save else 0, dtype=saved_gates_dtype(x)),
         x.new_empty((T, B, D, H) if save or cells else 0, dtype=compute_dtype(x.dtype)),
     )
@@ -392,7 +395,7 @@ def _layer_backward_fake(
     return (
         x.new_empty((T, B, features) if need_dx else 0),
         x.new_empty((D, B, P) if h0 is not None else 0),
-        x.new_empty((D, B, H) if c0 is not None else 0),
+        x.new_empty(0) if c0 is None else c0.new_empty(D, B, H),
         x.new_empty((D, 4 * H, features) if need_dw else 0),
         x.new_empty((D, 4 * H, P) if need_dw else 0),
         x.new_empty((D, 4 * H) if need_dw else 0),

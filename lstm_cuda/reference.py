@@ -141,7 +141,7 @@ def lstm_layer(
         weights: for each recurrence ``[w_ih [4H, I], w_hh [4H, P], b_ih [4H], b_hh [4H], w_hr [P,
             H]]``, without the biases or the projection where there are none.
         h0: [D, B, P], or None for zeros.
-        c0: [D, B, H], or None for zeros.
+        c0: [D, B, H], or None for zeros; in x's dtype or the compute dtype.
         lengths: [B] int64. Row b stops after ``lengths[b]`` steps: outputs past them are 0, the
             final state is that of the last step, a reversed recurrence starts there.
         reset: [T, B] bool. True at t: no state passes between t-1 and t, in either direction of
@@ -154,8 +154,8 @@ def lstm_layer(
         training: draw the random masks; otherwise dropout is off and zoneout takes its expectation.
 
     Returns:
-        y [T, B, D*P], h_n [D, B, P], c_n [D, B, H] in x's dtype; cells [T, B, D, H] in the compute
-        dtype (float32 for 16-bit x), 0 past a row's length.
+        y [T, B, D*P] and h_n [D, B, P] in x's dtype; c_n [D, B, H] in c0's, or x's without c0;
+        cells [T, B, D, H] in the compute dtype (float32 for 16-bit x), 0 past a row's length.
     """
     dtype = x.dtype
     compute = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
@@ -186,7 +186,7 @@ def lstm_layer(
     return (
         torch.cat(y, -1).to(dtype),
         torch.stack(h_n).to(dtype),
-        torch.stack(c_n).to(dtype),
+        torch.stack(c_n).to(dtype if c0 is None else c0.dtype),
         torch.stack(cells, 2),
     )
 

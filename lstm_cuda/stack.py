@@ -32,8 +32,7 @@ def wavefront_chunks(x: Tensor, weights: Sequence[Sequence[Tensor]], D: int, rev
 
     Layer l's chunk k needs only layer l - 1's chunk k and its own chunk k - 1, so layer l can be
     one chunk behind layer l - 1. Not so where a direction runs backwards in time, which needs all
-    of the layer below first. Between chunks the cell state has x's dtype: only where that is the
-    dtype of accumulation is nothing lost.
+    of the layer below first.
 
     Args:
         x: [T, B, I].
@@ -44,7 +43,7 @@ def wavefront_chunks(x: Tensor, weights: Sequence[Sequence[Tensor]], D: int, rev
     L = len(weights) // D
     if L == 1 or D > 1 or reversed or x.device.type != "cuda":
         return 1
-    if ops.compute_dtype(x.dtype) != x.dtype or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return 1
     T, B, _ = x.shape
     G, P = weights[0][1].shape
@@ -111,8 +110,14 @@ def _wavefront(
     between: Callable[[Tensor], Tensor],
     chunks: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    """Each layer on a stream of its own, in chunks of time; backward follows the same streams."""
+    """Each layer on a stream of its own, in chunks of time; backward follows the same streams.
+
+    Between chunks the cell state and its gradient have the dtype of accumulation. What crosses in
+    x's dtype, h and its gradient, is rounded to that in every step anyway.
+    """
     T, L = x.shape[0], len(rows)
+    c = [_wide_state(x, rows[n][0], c[n]) for n in range(L)]
+    weights = [[[_shares(w, chunks) for w in row] for row in rows[n]] for n in range(L)]
     bounds = [T * k // chunks for k in range(chunks + 1)]
     streams = _Streams(x, L)
     below: list[list[Tensor]] = [[x[a:b] for a, b in pairwise(bounds)]]
@@ -125,7 +130,8 @@ def _wavefront(
             own_lengths = None if lengths is None else (lengths - start).clamp(0, end - start)
             own_reset = None if reset is None else reset[start:end]
             streams.use(n, part, own_reset, h[n], c[n])
-            y, h[n], c[n], c_all = layer(n, part, rows[n], h[n], c[n], own_lengths, own_reset)
+            own = [[shares[k] for shares in row] for row in weights[n]]
+            y, h[n], c[n], c_all = layer(n, part, own, h[n], c[n], own_lengths, own_reset)
             last = n == L - 1
             below[n + 1].append(y if last else between(y))
             if last:
@@ -133,8 +139,26 @@ def _wavefront(
     streams.join([*below[L], *states, *(t for t in (*h, *c) if t is not None)])
     output = torch.cat(below[L])
     h_n = [t for t in h if t is not None]
-    c_n = [t for t in c if t is not None]
+    c_n = [t.to(x.dtype) for t in c if t is not None]
     return output, h_n, c_n, torch.cat(states) if cells else states[-1]
+
+
+def _wide_state(x: Tensor, row: Sequence[Tensor], c: Tensor | None) -> Tensor | None:
+    """c0 of one recurrence, such that c_n has the dtype of accumulation: in that dtype itself."""
+    compute = ops.compute_dtype(x.dtype)
+    if c is not None or compute == x.dtype:
+        return None if c is None else c.to(compute)
+    return x.new_zeros(1, x.shape[1], row[1].shape[0] // 4, dtype=compute)
+
+
+def _shares(w: Tensor, chunks: int) -> Sequence[Tensor]:
+    """A weight once for each chunk, such that in 16 bits the sum of its gradients is rounded once.
+
+    autograd alone would add them one by one, and round each sum.
+    """
+    if w.requires_grad and torch.is_grad_enabled() and ops.compute_dtype(w.dtype) != w.dtype:
+        return w.expand(chunks, *w.shape).unbind()
+    return [w] * chunks
 
 
 def _diagonals(L: int, chunks: int) -> Iterator[tuple[int, int]]:

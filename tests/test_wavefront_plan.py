@@ -19,18 +19,20 @@ def chunks(
     L: int = 4,
     T: int = 4096,
     P: int = 0,
+    dtype: torch.dtype = torch.float32,
     tf32: bool = True,
     device: CudaDevice = H200,
 ) -> int:
-    return ops.wavefront_chunks(L, T, B, H, P or H, torch.float32, tf32, device)
+    return ops.wavefront_chunks(L, T, B, H, P or H, dtype, tf32, device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("H", [32, 128, 256, 512])
-def test_layers_that_leave_the_device_idle_run_side_by_side(H: int) -> None:
-    assert 2 <= chunks(H) <= 16
-    assert chunks(H, L=1) == 1
-    assert chunks(H, T=200) == 1  # no two chunks of a length that pays
-    assert chunks(H, B=4096) == 1  # one layer fills the device
+def test_layers_that_leave_the_device_idle_run_side_by_side(H: int, dtype: torch.dtype) -> None:
+    assert 2 <= chunks(H, dtype=dtype) <= 16
+    assert chunks(H, dtype=dtype, L=1) == 1
+    assert chunks(H, dtype=dtype, T=200) == 1  # no two chunks of a length that pays
+    assert chunks(H, dtype=dtype, B=4096) == 1  # one layer fills the device
 
 
 def test_layers_whose_blocks_wait_for_each_other_do_not() -> None:

@@ -155,12 +155,11 @@ class BackwardJob {
       const int64_t at = d_ * s_.B + b0_ + b;
       for (int64_t j = 0; j < padded_; j += lanes) {
         const int left = lanes_left(j, s_.H, lanes);
-        store<T>(
-            dc_ + b * padded_ + j,
-            p_.dc_n ? load<T>(static_cast<const S*>(p_.dc_n) + at * s_.H + j, left) : Vec<T>{});
+        const int64_t from = at * s_.H + j;
+        store<T>(dc_ + b * padded_ + j,
+                 p_.dc_n ? load_either<T, S>(p_.dc_n, p_.wide_c, from, left) : Vec<T>{});
         if (c0_)
-          store<T>(c0_ + b * s_.H + j, load<T>(static_cast<const S*>(p_.c0) + at * s_.H + j, left),
-                   left);
+          store<T>(c0_ + b * s_.H + j, load_either<T, S>(p_.c0, p_.wide_c, from, left), left);
       }
     }
   }

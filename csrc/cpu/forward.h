@@ -150,7 +150,7 @@ class ForwardJob {
       for (int64_t j = 0; j < padded_; j += lanes) {
         const int n = lanes_left(j, s_.H, lanes);
         store<T>(c_ + b * padded_ + j,
-                 p_.c0 ? load<T>(static_cast<const S*>(p_.c0) + at * s_.H + j, n) : Vec<T>{});
+                 p_.c0 ? load_either<T, S>(p_.c0, p_.wide_c, at * s_.H + j, n) : Vec<T>{});
       }
     }
   }
@@ -163,8 +163,8 @@ class ForwardJob {
                  lanes_left(j, s_.P, lanes));
       }
       for (int64_t j = 0; j < s_.H; j += lanes) {
-        store<T>(static_cast<S*>(p_.c_n) + at * s_.H + j, load<T>(c_ + b * padded_ + j),
-                 lanes_left(j, s_.H, lanes));
+        store_either<T, S>(p_.c_n, p_.wide_c, at * s_.H + j, load<T>(c_ + b * padded_ + j),
+                           lanes_left(j, s_.H, lanes));
       }
     }
   }

@@ -176,6 +176,21 @@ LSTM_INLINE void store(S* p, const Vec<T>& v, int n = kLanes<T>) {
   }
 }
 
+// From element `at` on, of memory that is of type T if `wide`, else of type S.
+template <class T, class S>
+LSTM_INLINE Vec<T> load_either(const void* p, bool wide, int64_t at, int n) {
+  return wide ? load<T>(static_cast<const T*>(p) + at, n)
+              : load<T>(static_cast<const S*>(p) + at, n);
+}
+
+template <class T, class S>
+LSTM_INLINE void store_either(void* p, bool wide, int64_t at, const Vec<T>& v, int n) {
+  if (wide)
+    store<T>(static_cast<T*>(p) + at, v, n);
+  else
+    store<T>(static_cast<S*>(p) + at, v, n);
+}
+
 // What is left of v after a trip through memory type S.
 template <class T, class S>
 LSTM_INLINE Vec<T> rounded(const Vec<T>& v) {

@@ -55,6 +55,24 @@ LSTM_DEVICE Element to_element(float v) {
     return __float2bfloat16_rn(v);
 }
 
+// Element `at` of what is in memory as Element or, if `wide`, as Compute; null is zeros.
+template <Arithmetic arithmetic>
+LSTM_DEVICE auto load_either(const void* from, bool wide, int64_t at) {
+  using Compute = typename Types<arithmetic>::Compute;
+  using Element = typename Types<arithmetic>::Element;
+  if (!from) return Compute(0);
+  return wide ? static_cast<const Compute*>(from)[at]
+              : to_compute(static_cast<const Element*>(from)[at]);
+}
+template <Arithmetic arithmetic, class Compute>
+LSTM_DEVICE void store_either(void* to, bool wide, int64_t at, Compute v) {
+  using Element = typename Types<arithmetic>::Element;
+  if (wide)
+    static_cast<Compute*>(to)[at] = v;
+  else
+    static_cast<Element*>(to)[at] = to_element<Element>(v);
+}
+
 // Two values in one register as products read them, the first in the lower half; and back.
 template <Arithmetic arithmetic>
 LSTM_DEVICE uint32_t packed(float first, float second) {

@@ -16,16 +16,17 @@ struct RecurrenceForward {
   const void* const* w_hh;  // D pointers, each [4H, P], Element
   const void* const* w_hr;  // D pointers, each [P, H], Element; null unless projected
   const void* h0;           // [D, B, P] Element, or null (zeros)
-  const void* c0;           // [D, B, H] Element, or null (zeros)
+  const void* c0;           // [D, B, H] Element (wide_c: compute), or null (zeros)
   const int64_t* lengths;   // [B] or null (all T); values outside 0..T are clamped
   const uint8_t* reset;     // [T, B], 0 or 1, or null (never)
   void* gates;              // [T, B, D, 4H] Element. In: gates_x, biases included; out: activated
                             // gates if `save` (then c is not null), otherwise only read
   bool save;
-  void* y;    // [T, B, D, P] Element; zeros past a row's length
-  void* h_n;  // [D, B, P] Element
-  void* c_n;  // [D, B, H] Element
-  void* c;    // [T, B, D, H] compute, or null; zeros past a row's length
+  bool wide_c;  // c0 and c_n are compute, so that a sequence run in chunks of time loses nothing
+  void* y;      // [T, B, D, P] Element; zeros past a row's length
+  void* h_n;    // [D, B, P] Element
+  void* c_n;    // [D, B, H] Element (wide_c: compute)
+  void* c;      // [T, B, D, H] compute, or null; zeros past a row's length
 };
 
 struct RecurrenceBackward {
@@ -39,13 +40,14 @@ struct RecurrenceBackward {
   const void* c;      // [T, B, D, H] compute
   const void* dy;     // [T, B, D, P] Element, or null (zero)
   const void* dh_n;   // [D, B, P] Element, or null
-  const void* dc_n;   // [D, B, H] Element, or null
+  const void* dc_n;   // [D, B, H] Element (wide_c: compute), or null
   const void* dc;     // [T, B, D, H] compute, gradient of c, or null
   void* dgates;       // [T, B, D, 4H] Element, gradient of gates_x; zeros past a row's length
   void* dh;           // [T, B, D, P] Element, whole gradient of h, zeros past a row's length;
                       // null unless projected
   void* dh0;          // [D, B, P] Element, or null (not wanted)
-  void* dc0;          // [D, B, H] Element, or null
+  void* dc0;          // [D, B, H] Element (wide_c: compute), or null
+  bool wide_c;        // as in forward; dc_n and dc0 too
 };
 
 // The weights of families rec_cluster and rec_group, as pack.h makes them.

@@ -32,11 +32,10 @@ prepare(LSTM_PARAMETER Prepare p) {
   index /= tiles(job.padded_columns);
   const int64_t row0 = index % tiles(job.padded_rows) * kTile;
   const int64_t matrix = index / tiles(job.padded_rows);
-  const Element* source =
-      static_cast<const Element*>(job.from == PrepareJob::From::w_hh   ? p.w_hh[matrix]
-                                  : job.from == PrepareJob::From::w_hr ? p.w_hr[matrix]
-                                                                       : job.source);
-  if (job.from == PrepareJob::From::memory && source) source += matrix * job.source_stride;
+  const void* const source = job.from == PrepareJob::From::w_hh   ? p.w_hh[matrix]
+                             : job.from == PrepareJob::From::w_hr ? p.w_hr[matrix]
+                                                                  : job.source;
+  const bool wide = job.from == PrepareJob::From::compute;
 
   const int lane = int(ptx::thread_index() % 32), line = int(ptx::thread_index() / 32);
   const bool along_rows = job.column_stride == 1;
@@ -45,11 +44,11 @@ prepare(LSTM_PARAMETER Prepare p) {
     const int64_t row = row0 + r, gate = (column0 + column) / job.gate_columns;
     const int64_t j = (column0 + column) % job.gate_columns;
     const bool inside =
-        source && matrix < job.sources && row < job.rows && gate < job.gates && j < job.columns;
+        matrix < job.sources && row < job.rows && gate < job.gates && j < job.columns;
+    const int64_t at = matrix * job.source_stride + row * job.row_stride +
+                       (gate * job.columns + j) * job.column_stride;
     tile[r * (kTile + 1) + column] =
-        inside ? to_compute(
-                     source[row * job.row_stride + (gate * job.columns + j) * job.column_stride])
-               : Compute(0);
+        inside ? load_either<arithmetic>(source, wide, at) : Compute(0);
   }
   ptx::block_sync();  // the whole tile is there: rows are read by others than wrote them
   for (int k = line; k < kTile; k += kLines) {

@@ -8,9 +8,9 @@ namespace lstm_cuda {
 
 // Copies matrices [rows, gates * columns], converts them and pads them with zeros.
 struct PrepareJob {
-  enum class From { memory, w_hh, w_hr };
+  enum class From { memory, compute, w_hh, w_hr };
   From from;
-  const void* source;     // memory: the first matrix (null: zeros), the others following it
+  const void* source;     // memory, or of compute: the first matrix (null: zeros), others following
   int64_t source_stride;  // elements, from matrix to matrix
   int64_t sources;        // matrices that have a source; further ones are filled with zeros
   int64_t row_stride, column_stride;  // elements; from gate to gate it is `columns` column strides

@@ -256,13 +256,10 @@ LSTM_DEVICE void run_backward(const BackwardParams& params) {
   for (int i = 0; i < F::kTurns * F::kCells; ++i) {
     const int turn = i / F::kCells, j = i % F::kCells;
     Cells& cells = all[turn];
-    const auto state = [&](const void* values) {
-      return exists(cells, j) && values
-                 ? to_compute(static_cast<const Element*>(values)[state_at(cells, j)])
-                 : 0.f;
-    };
-    cells.dh[j] = state(p.dh_n);
-    cells.dc[j] = state(p.dc_n);
+    const bool there = exists(cells, j);
+    cells.dh[j] =
+        there && p.dh_n ? to_compute(static_cast<const Element*>(p.dh_n)[state_at(cells, j)]) : 0.f;
+    cells.dc[j] = there ? load_either<F::arithmetic>(p.dc_n, p.wide_c, state_at(cells, j)) : 0.f;
     cells.c[j] = has_cells ? ring.c(0, turn, j) : 0.f;
   }
 
@@ -281,7 +278,7 @@ LSTM_DEVICE void run_backward(const BackwardParams& params) {
                   0};
       cells.c[j] = before[j] = ring.c(step + 1, turn, j);
       if (active && t == cells.own.first(0))
-        before[j] = p.c0 ? to_compute(static_cast<const Element*>(p.c0)[state_at(cells, j)]) : 0.f;
+        before[j] = load_either<F::arithmetic>(p.c0, p.wide_c, state_at(cells, j));
       if (cells.flags & Cells::kFresh) before[j] = 0;
       if (cells.flags & Cells::kCrossed) cells.dh[j] = 0;
       if (p.dy && active) cells.dh[j] += ring.dy(step, turn, j);
@@ -353,7 +350,7 @@ LSTM_DEVICE void run_backward(const BackwardParams& params) {
     const int j = i % F::kCells;
     const Cells& cells = all[i / F::kCells];
     if (p.dc0 && exists(cells, j))
-      static_cast<Element*>(p.dc0)[state_at(cells, j)] = to_element<Element>(cells.dc[j]);
+      store_either<F::arithmetic>(p.dc0, p.wide_c, state_at(cells, j), cells.dc[j]);
   }
 }
 

@@ -169,12 +169,10 @@ backward_kernel(LSTM_PARAMETER BackwardParams params) {
   LSTM_UNROLL
   for (int i = 0; i < 4; ++i) {
     const int64_t at = state_at(i);
-    const auto state = [&](const void* values) {
-      return exists(i) && values ? to_compute(static_cast<const Element*>(values)[at]) : Compute(0);
-    };
+    const bool there = exists(i);
     length[i % 2] = part.length(2 * q + i % 2);
-    dh[i] = state(p.dh_n);
-    dc[i] = state(p.dc_n);
+    dh[i] = there && p.dh_n ? to_compute(static_cast<const Element*>(p.dh_n)[at]) : Compute(0);
+    dc[i] = there ? load_either<K::arithmetic>(p.dc_n, p.wide_c, at) : Compute(0);
   }
   // Bit j: no state of column 2q + j crosses into this step; the step processed before left a
   // gradient of its h. (As flags each would take a register.)
@@ -208,7 +206,7 @@ backward_kernel(LSTM_PARAMETER BackwardParams params) {
       // The step before in the order of the recurrence is the one that is processed next.
       Compute before = c.at(step + 1, column, unit);
       if (active && t == part.first(length[j]))
-        before = p.c0 ? to_compute(static_cast<const Element*>(p.c0)[state_at(i)]) : Compute(0);
+        before = load_either<K::arithmetic>(p.c0, p.wide_c, state_at(i));
       const Compute dm = p.dy ? dh[i] + to_compute(dy.at(step, column, unit)) : dh[i];
       Compute dc_step = p.dc ? dc[i] + dc_in.at(step, column, unit) : dc[i];
       cell_backward<DeviceMath<K::arithmetic>>(cell, fresh >> j & 1 ? Compute(0) : before, dm,
@@ -238,7 +236,7 @@ backward_kernel(LSTM_PARAMETER BackwardParams params) {
     const int unit = first_unit + 8 * (i / 2);
     const int64_t at = state_at(i);
     if (p.dh0) static_cast<Element*>(p.dh0)[at] = to_element<Element>(dh[i]);
-    if (p.dc0) static_cast<Element*>(p.dc0)[at] = to_element<Element>(dc[i]);
+    if (p.dc0) store_either<K::arithmetic>(p.dc0, p.wide_c, at, dc[i]);
     for (int64_t t = steps; t < p.shape.T; ++t) {
       const int64_t row = part.row(p.shape, t, part.b(2 * q + i % 2));
       LSTM_UNROLL

@@ -297,8 +297,7 @@ LSTM_DEVICE void run_forward(const ForwardParams<typename Team::Source>& params)
       length[i][j] = there ? part.length(8 * role.tile(i) + 2 * q + j) : 0;
       h[i][j] = there && p.h0 ? static_cast<const Element*>(p.h0)[state_at(i, j)]
                               : to_element<Element>(Compute(0));
-      c[i][j] = there && p.c0 ? to_compute(static_cast<const Element*>(p.c0)[state_at(i, j)])
-                              : Compute(0);
+      c[i][j] = there ? load_either<F::arithmetic>(p.c0, p.wide_c, state_at(i, j)) : Compute(0);
     }
     across_length[i] = part.length(8 * role.tile(i) + g);
     const int left = part.rows - 8 * role.tile(i);
@@ -365,7 +364,7 @@ LSTM_DEVICE void run_forward(const ForwardParams<typename Team::Source>& params)
     for (int j = 0; j < 2; ++j) {
       if (!exists(i, j)) continue;
       static_cast<Element*>(p.h_n)[state_at(i, j)] = h[i][j];
-      static_cast<Element*>(p.c_n)[state_at(i, j)] = to_element<Element>(c[i][j]);
+      store_either<F::arithmetic>(p.c_n, p.wide_c, state_at(i, j), c[i][j]);
       for (int64_t t = steps; t < p.shape.T; ++t) {
         const int64_t at =
             part.row(p.shape, t, part.b(8 * role.tile(i) + 2 * q + j)) * H + role.unit(i) + g;

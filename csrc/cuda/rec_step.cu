@@ -99,9 +99,9 @@ struct Jobs {
     add({PrepareJob::From::memory, source, s.B * columns, s.D, columns, 1, s.B, columns, 1, to,
          false, matrices, m.rows, pitch, pitch, pitch});
   }
-  void state(const void* source, void* to) {
-    add({PrepareJob::From::memory, source, s.B * s.H, s.D, s.H, 1, s.B, s.H, 1, to, true, s.D, s.B,
-         s.H, s.H, s.H});
+  void state(const void* source, bool wide, void* to) {
+    const auto from = wide ? PrepareJob::From::compute : PrepareJob::From::memory;
+    add({from, source, s.B * s.H, s.D, s.H, 1, s.B, s.H, 1, to, true, s.D, s.B, s.H, s.H, s.H});
   }
 };
 
@@ -145,7 +145,7 @@ Status rec_step_forward(const RecurrenceForward& p, const CudaPlan& plan, void* 
     jobs.fill(nullptr, s.H, hand, memory.hand, s.D);
   }
   jobs.fill(p.h0, s.P, ring, memory.ring, 2 * s.D);
-  jobs.state(p.c0, at(scratch, memory.state));
+  jobs.state(p.c0, p.wide_c, at(scratch, memory.state));
   Status status = launch_prepare(jobs.prepare, plan.arithmetic, stream);
 
   // Step s reads slot s % 2 and fills the other.
@@ -160,7 +160,7 @@ Status rec_step_forward(const RecurrenceForward& p, const CudaPlan& plan, void* 
     cell.step = step;
     cell.h0 = p.h0, cell.c0 = p.c0;
     cell.lengths = p.lengths, cell.reset = p.reset;
-    cell.gates = p.gates, cell.save = p.save;
+    cell.gates = p.gates, cell.save = p.save, cell.wide_c = p.wide_c;
     cell.y = p.y, cell.h_n = p.h_n, cell.c_n = p.c_n, cell.c = p.c;
     cell.c_state = at(scratch, memory.state);
     cell.out = s.projected ? hand : next;
@@ -203,7 +203,7 @@ Status rec_step_backward(const RecurrenceBackward& p, const CudaPlan& plan, void
     jobs.fill(nullptr, s.P, hand, memory.hand, s.D);
   }
   jobs.fill(nullptr, 4 * s.H, ring, memory.ring, 2 * s.D);
-  jobs.state(nullptr, at(scratch, memory.state));
+  jobs.state(nullptr, false, at(scratch, memory.state));
   Status status = launch_prepare(jobs.prepare, plan.arithmetic, stream);
 
   StepProject project{};
@@ -240,7 +240,7 @@ Status rec_step_backward(const RecurrenceBackward& p, const CudaPlan& plan, void
     cell.lengths = p.lengths, cell.reset = p.reset;
     cell.gates = p.gates, cell.c = p.c;
     cell.dy = p.dy, cell.dh_n = p.dh_n, cell.dc_n = p.dc_n, cell.dc = p.dc;
-    cell.dgates = p.dgates, cell.dc0 = p.dc0;
+    cell.dgates = p.dgates, cell.dc0 = p.dc0, cell.wide_c = p.wide_c;
     cell.dc_state = at(scratch, memory.state);
     cell.out = next, cell.kept = now;
     cell.out_pitch = memory.ring.pitch, cell.out_stride_d = memory.ring.stride();

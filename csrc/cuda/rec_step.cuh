@@ -33,7 +33,7 @@ struct StepForward {
   const int64_t* lengths;
   const uint8_t* reset;
   void* gates;
-  bool save;
+  bool save, wide_c;
   void *y, *h_n, *c_n, *c;
   void* c_state;                    // [D, B, H] compute
   void* out;                        // the next slot of h_ring, or m: what the next product reads
@@ -50,6 +50,7 @@ struct StepBackward {
   const uint8_t* reset;
   const void *gates, *c, *dy, *dh_n, *dc_n, *dc;
   void *dgates, *dc0;
+  bool wide_c;
   void* dc_state;                   // [D, B, H] compute
   void* out;                        // the next slot of dgates_ring
   const void* kept;                 // its last slot
@@ -131,7 +132,8 @@ step_forward(LSTM_PARAMETER StepForward p) {
     Compute* const c_state = static_cast<Compute*>(p.c_state) + state_at;
     const int64_t out_at = d * p.out_stride_d + b * p.out_pitch + unit * int64_t(sizeof(Element));
     if (p.step == 0 && schedule.length(b) == 0) {
-      T::at(p.c_n, 0)[state_at] = T::element(T::value_or_zero(p.c0, state_at));
+      store_either<arithmetic>(p.c_n, p.wide_c, state_at,
+                               load_either<arithmetic>(p.c0, p.wide_c, state_at));
       if (!p.shape.projected)
         T::at(p.h_n, 0)[state_at] = T::element(T::value_or_zero(p.h0, state_at));
     }
@@ -163,7 +165,7 @@ step_forward(LSTM_PARAMETER StepForward p) {
     }
     if (!p.shape.projected) T::at(p.y, 0)[cell_at] = m;
     if (t == schedule.last(b)) {
-      T::at(p.c_n, 0)[state_at] = T::element(cell.c);
+      store_either<arithmetic>(p.c_n, p.wide_c, state_at, cell.c);
       if (!p.shape.projected) T::at(p.h_n, 0)[state_at] = m;
     }
   });
@@ -190,7 +192,8 @@ step_backward(LSTM_PARAMETER StepBackward p) {
     Element* const dgates = T::at(p.dgates, 0) + ((t * B + b) * D + d) * 4 * H + unit;
     const int64_t out_at = d * p.out_stride_d + b * p.out_pitch + unit * int64_t(sizeof(Element));
     if (p.dc0 && p.step == 0 && schedule.length(b) == 0)
-      T::at(p.dc0, 0)[state_at] = T::element(T::value_or_zero(p.dc_n, state_at));
+      store_either<arithmetic>(p.dc0, p.wide_c, state_at,
+                               load_either<arithmetic>(p.dc_n, p.wide_c, state_at));
     if (!schedule.active(t, b)) {
       LSTM_UNROLL
       for (int gate = 0; gate < 4; ++gate) {
@@ -210,15 +213,15 @@ step_backward(LSTM_PARAMETER StepBackward p) {
     }
     Compute dc = carried ? *dc_state : 0;
     if (p.dc) dc += static_cast<const Compute*>(p.dc)[cell_at];
-    if (last) dc += T::value_or_zero(p.dc_n, state_at);
+    if (last) dc += load_either<arithmetic>(p.dc_n, p.wide_c, state_at);
 
     const Compute* const c = static_cast<const Compute*>(p.c);
     const bool fresh = schedule.fresh(t, b);
     const int64_t before = schedule.previous(t, b);
     Compute c_prev = 0;
     if (!fresh)
-      c_prev =
-          before < 0 ? T::value_or_zero(p.c0, state_at) : c[((before * B + b) * D + d) * H + unit];
+      c_prev = before < 0 ? load_either<arithmetic>(p.c0, p.wide_c, state_at)
+                          : c[((before * B + b) * D + d) * H + unit];
     const int64_t gates_at = ((t * B + b) * D + d) * 4 * H + unit;
     Cell<Compute> cell, grad;
     cell.i = T::value(p.gates, gates_at);
@@ -236,7 +239,7 @@ step_backward(LSTM_PARAMETER StepBackward p) {
       *T::at(p.out, out_at + gate * p.gate_pitch) = operand<arithmetic>(rounded[gate]);
     }
     if (p.dc0 && t == schedule.first(b))
-      T::at(p.dc0, 0)[state_at] = T::element(fresh ? Compute(0) : dc);
+      store_either<arithmetic>(p.dc0, p.wide_c, state_at, fresh ? Compute(0) : dc);
   });
 }
 

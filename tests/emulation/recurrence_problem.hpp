@@ -31,6 +31,9 @@ struct Case {
   int tiles = 1;   // of 8 batch rows, of a cluster or group
   int groups = 1;  // at once
   int turns = 1;   // in which a cluster takes its tiles
+
+  // Whether the cell state comes and goes in the compute type: of some cases, of every family.
+  bool wide_c() const { return state && reset; }
 };
 
 using Values = std::vector<double>;

@@ -84,9 +84,11 @@ class Runner {
     if (c.B > 1) p_.lengths.back() = 0;
     for (int64_t k = 0; k < c.T * c.B; ++k) p_.reset.push_back(random_() % 4 == 0);
     make_hard();
-    for (Values* all :
-         {&p_.gates_x, &p_.w_hh, &p_.w_hr, &p_.h0, &p_.c0, &p_.dy, &p_.dh_n, &p_.dc_n})
+    for (Values* all : {&p_.gates_x, &p_.w_hh, &p_.w_hr, &p_.h0, &p_.dy, &p_.dh_n})
       for (double& v : *all) v = double(to_compute(narrow<Element>(v)));
+    for (Values* all : {&p_.c0, &p_.dc_n})
+      for (double& v : *all)
+        v = c.wide_c() ? double(Compute(v)) : double(to_compute(narrow<Element>(v)));
     for (double& v : p_.dc) v = double(Compute(v));
     p_.forward();
     p_.backward();
@@ -116,11 +118,13 @@ class Runner {
       w_hh.push_back(part(p_.w_hh, 4 * c.H * p_.P));
       if (c.P) w_hr.push_back(part(p_.w_hr, p_.P * c.H));
     }
-    const Elements h0(elements(p_.h0)), c0(elements(p_.c0));
+    const Elements h0(elements(p_.h0));
+    const CellState c0(c, p_.c0);
     const Elements gates(elements(kernels->resident ? p_.gates_with_h0() : p_.gates_x));
     const DeviceBuffer<int64_t> lengths(p_.lengths);
     const DeviceBuffer<uint8_t> reset(p_.reset);
-    const Elements y(p_.y.size()), h_n(p_.h_n.size()), c_n(p_.c_n.size());
+    const Elements y(p_.y.size()), h_n(p_.h_n.size());
+    const CellState c_n(c, p_.c_n.size());
     const Computes cells(p_.cells.size());
 
     RecurrenceForward f{};
@@ -129,7 +133,7 @@ class Runner {
     f.h0 = c.state ? h0.data() : nullptr, f.c0 = c.state ? c0.data() : nullptr;
     f.lengths = c.lengths ? lengths.data() : nullptr;
     f.reset = c.reset ? reset.data() : nullptr;
-    f.gates = gates.data(), f.save = true;
+    f.gates = gates.data(), f.save = true, f.wide_c = c.wide_c();
     f.y = y.data(), f.h_n = h_n.data(), f.c_n = c_n.data(), f.c = cells.data();
     Status status = kernels->forward(f);
     if (!status.ok()) return status.message;
@@ -137,14 +141,15 @@ class Runner {
     check("y", y.values(), p_.y, of_row), check("h_n", h_n.values(), p_.h_n, p_.P);
     check("c_n", c_n.values(), p_.c_n, c.H), check("c", cells.values(), p_.cells, of_cell);
 
-    const Elements dy(elements(p_.dy)), dh_n(elements(p_.dh_n)), dc_n(elements(p_.dc_n));
+    const Elements dy(elements(p_.dy)), dh_n(elements(p_.dh_n));
+    const CellState dc_n(c, p_.dc_n);
     const Computes dc(std::vector<Compute>(p_.dc.begin(), p_.dc.end()));
-    const Elements dgates(p_.dgates.size()), dh(p_.dh.size()), dh0(p_.dh0.size()),
-        dc0(p_.dc0.size());
+    const Elements dgates(p_.dgates.size()), dh(p_.dh.size()), dh0(p_.dh0.size());
+    const CellState dc0(c, p_.dc0.size());
     RecurrenceBackward b{};
     b.shape = shape;
     b.w_hh = f.w_hh, b.w_hr = f.w_hr, b.c0 = f.c0, b.lengths = f.lengths, b.reset = f.reset;
-    b.gates = gates.data(), b.c = cells.data(), b.dy = dy.data();
+    b.gates = gates.data(), b.c = cells.data(), b.dy = dy.data(), b.wide_c = f.wide_c;
     if (c.all_gradients) b.dh_n = dh_n.data(), b.dc_n = dc_n.data(), b.dc = dc.data();
     b.dgates = dgates.data(), b.dh = c.P ? dh.data() : nullptr;
     if (c.state) b.dh0 = dh0.data(), b.dc0 = dc0.data();
@@ -158,6 +163,31 @@ class Runner {
   }
 
  private:
+  // In Compute, or in Element, as the case says.
+  class CellState {
+   public:
+    CellState(const Case& c, size_t count)
+        : wide_c_(c.wide_c()), narrow_(wide_c_ ? 0 : count), wide_(wide_c_ ? count : 0) {}
+    CellState(const Case& c, const Values& values)
+        : wide_c_(c.wide_c()),
+          narrow_(elements(wide_c_ ? Values{} : values)),
+          wide_(wide_c_ ? std::vector<Compute>(values.begin(), values.end())
+                        : std::vector<Compute>{}) {}
+
+    void* data() const { return wide_c_ ? static_cast<void*>(wide_.data()) : narrow_.data(); }
+    std::vector<Compute> values() const {
+      if (wide_c_) return wide_.values();
+      std::vector<Compute> result;
+      for (const Element& v : narrow_.values()) result.push_back(to_compute(v));
+      return result;
+    }
+
+   private:
+    bool wide_c_;
+    Elements narrow_;
+    Computes wide_;
+  };
+
   Values draw(int64_t count, double scale) {
     std::uniform_real_distribution<double> uniform(-scale, scale);
     Values values(static_cast<size_t>(count));
