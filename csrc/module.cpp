@@ -105,6 +105,7 @@ py::dict plan_cuda(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_
       result["columns"] = 8 * plan.column_tiles;
       result["turns"] = plan.turns;
       result["warps"] = plan.resident.warps;
+      result["packs_beside"] = plan.pack_beside;
       break;
   }
   return result;

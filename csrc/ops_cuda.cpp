@@ -5,8 +5,8 @@
 //              dx = dgates w_ih    dw_ih = dgates^T x    dw_hh = dgates^T h_prev    db = sum dgates
 //              dw_hr = dh^T m
 //
-// Everything is put on the current stream; nothing waits for the device, so a call can be captured
-// in a CUDA graph.
+// Everything is put on the current stream, or beside it where that joins it again; nothing waits for
+// the device, so a call can be captured in a CUDA graph.
 #include "cuda/device.h"
 #include "cuda/dispatch.h"
 #include "cuda/families.h"
@@ -77,7 +77,9 @@ struct Forward {
   RecurrenceForward p{};
   Tensor gates{};  // [T, B, D, 4H]
 
+  // Once for all families that are tried.
   void multiply_input() {
+    if (p.gates) return;
     const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
     gates = shaped(products.linear(in.x, cat(in.w_ih), biases), {T, B, D, 4 * H});
     p.gates = gates.data_ptr();
@@ -107,7 +109,7 @@ struct Forward {
   // Whether a launch is refused is known only after h0's product was put in gates_x, where the next
   // family would add it again; of several launches, the first may have saved gates there, too. That
   // happens once, so gates_x is made anew.
-  void undo_resident() { multiply_input(); }
+  void undo_resident() { p.gates = nullptr; }
 
   // Weights that need not be packed any more.
   const void* packed_before(const CudaPlan& plan, int64_t bytes) const {
@@ -146,14 +148,17 @@ struct Backward {
     dh0 = bmm(first, stacked_w_hh(in));
     return finish_dh0(in.shape, p.dh_n, p.lengths, p.reset, dh0.data_ptr(), stream);
   }
+  void multiply_input() {}
   void undo_resident() {}  // what was given is as it was, and results are written again
   static const void* packed_before(const CudaPlan&, int64_t) { return nullptr; }
 };
 
 template <class Call>
-Status start(Call& call, const CudaPlan& plan, Stream stream) {
+Status start(Call& call, const CudaPlan& plan, const Context& context) {
   const LayerShape& shape = call.in.shape;
+  const Stream stream = context.stream;
   if (!keeps_weights(plan.family)) {
+    call.multiply_input();
     const bool step = plan.family == Family::rec_step;
     const Scratch scratch(call.in, step ? rec_step_scratch(shape, plan, Call::kBackward) : 0);
     return call.start(plan, scratch, stream);
@@ -165,12 +170,16 @@ Status start(Call& call, const CudaPlan& plan, Stream stream) {
   Scratch scratch(call.in, (before ? 0 : packed) + words);
   scratch.weights = packed_weights(shape, plan, Call::kBackward, before ? before : scratch.data());
   if (words > 0) scratch.words = scratch.data() + (before ? 0 : packed);
-  if (before) {
-    if (words > 0) torch::stable::zero_(scratch.memory);
-    return call.start_resident(plan, scratch, stream);
-  }
-  const Status status = pack_weights(shape, plan, Call::kBackward, call.p.w_hh, scratch.data(),
-                                     scratch.words, words, stream);
+  Fork fork(context.index, stream, plan.pack_beside && !before);
+  Status status{};
+  if (!before)
+    status = pack_weights(shape, plan, Call::kBackward, call.p.w_hh, scratch.data(), scratch.words,
+                          words, fork.stream());
+  else if (words > 0)
+    torch::stable::zero_(scratch.memory);
+  if (!status.ok()) return status;
+  call.multiply_input();
+  status = fork.join();
   return status.ok() ? call.start_resident(plan, scratch, stream) : status;
 }
 
@@ -191,7 +200,7 @@ void run(Call& call, bool allow_tf32, const Context& context) {
     STD_TORCH_CHECK(plan.possible, "lstm_cuda: ", name_of(plan.family),
                     " cannot run a layer of H=", shape.H, ", P=", shape.P,
                     recorded ? " here, for a CUDA graph: " : " here: ", plan.reason);
-    const Status status = start(call, plan, context.stream);
+    const Status status = start(call, plan, context);
     if (status.ok()) return;
     if (request.forced >= 0 || plan.family == Family::rec_step) check(status);
     remember_refusal(context.index, plan.family);
@@ -254,7 +263,6 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
   p.h_n = h_n.data_ptr();
   p.c_n = c_n.data_ptr();
   p.c = save || cells ? c.data_ptr() : nullptr;
-  forward.multiply_input();
   run(forward, allow_tf32, context);
   return {y, h_n, c_n, save ? forward.gates : empty({0}, in.type, x), c};
 }

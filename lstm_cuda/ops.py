@@ -107,7 +107,8 @@ def plan_cuda(
         * ``rec_cta``: ``padded_hidden``, the compiled size that holds H
         * ``rec_cluster``, ``rec_group``: the same, and ``blocks`` of a cluster or group, ``warps``
           of a block, ``columns``, the batch rows of a cluster or group, and ``turns`` in which a
-          step takes them; ``groups`` of a launch
+          step takes them; ``groups`` of a launch; ``packs_beside``, whether weights are packed
+          while inputs are multiplied
         * ``rec_step``: ``tile`` of its products, ``launches_overlap``
     """
     require("cpu")

@@ -475,3 +475,13 @@ def test_a_family_that_could_not_be_launched_makes_way(device_63: CudaDevice) ->
     assert plan(64, device=device_63)["kernel"] == "rec_step"
     with pytest.raises(ValueError, match="rec_best"):
         ops._C.remember_refusal(63, "rec_best")
+
+
+def test_weights_are_packed_beside_a_product_that_hides_it() -> None:
+    """Not where packing or the product is shorter than what a second stream costs, nor backward."""
+    for family, H in (("rec_cluster", 512), ("rec_group", 1024)):
+        assert plan(H, 64, family=family)["packs_beside"]
+        assert not plan(H, 64, T=1, family=family)["packs_beside"]
+        assert not plan(H, 64, family=family, backward=True)["packs_beside"]
+    assert not plan(128, 64, family="rec_cluster")["packs_beside"]
+    assert plan(128, 64, D=16, family="rec_cluster")["packs_beside"]  # as many weights again

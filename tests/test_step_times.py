@@ -122,6 +122,28 @@ def test_step_times_go_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     assert lost == [bad]
 
 
+def test_packing_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def pack(w_hh: list[torch.Tensor], layout: int) -> torch.Tensor:
+        asked.append((w_hh[0].shape, w_hh[0].dtype, layout))
+        return w_hh[0]
+
+    monkeypatch.setattr(step_times.ops, "packed_layout", lambda *_: 7)
+    monkeypatch.setattr(step_times.ops, "pack_weights", pack)
+    monkeypatch.setattr(step_times, "step_us", lambda *_: [0.1])
+    precision = shapes.PRECISIONS["bf16"]
+    both = [
+        step_times.Subject("rec_group", precision, 512, 8, 32, backward, "bfloat16")
+        for backward in (False, True)
+    ]
+    good, other = step_times.measure_all(both, Host(), 90, lambda: False)  # type: ignore[arg-type]
+    assert good["error"] is None and good["packing"] > 0 and other["packing"] is None
+    assert set(asked) == {((2048, 512), torch.bfloat16, 7)}
+    (cta,) = step_times.measure_all([subject(False)], Host(), 90, lambda: False)  # type: ignore[arg-type]
+    assert cta["packing"] is None
+
+
 STEP_TIME = {
     "kind": "step time",
     "family": "rec_cluster",
@@ -133,6 +155,7 @@ STEP_TIME = {
     "architecture": 90,
     "error": None,
     "median": 0.51234,
+    "packing": 4.56,
     "environment": {"device": "NVIDIA H200", "date": "2026-12-01T10:00:00+00:00"},
 }
 
@@ -147,7 +170,7 @@ def test_rows_for_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "  // NVIDIA H200, 2026-12-01"
     )
     text = report(tmp_path, None, [])
-    assert "| rec_cluster | bfloat16 | 256 | 16 | 2 | False | 0.512 |" in text
+    assert "| rec_cluster | bfloat16 | 256 | 16 | 2 | False | 0.512 | 4.6 |" in text
     assert "RuntimeError: x" in text
 
 

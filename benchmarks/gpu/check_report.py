@@ -67,9 +67,11 @@ def _step_times(out: Path) -> str:
     rows = [
         [str(r[name]) for name in names]
         + [r["error"].replace("|", "/") if r["error"] else f"{r['median']:.3f}"]
+        + ["" if r.get("packing") is None else f"{r['packing']:.1f}"]
         for r in read_records(out / STEP_TIMES)
     ]
-    return "## Steps, us\n\n" + summary.table((*names, "median"), rows) if rows else ""
+    headings = (*names, "median", "packing before the first")
+    return "## Steps, us\n\n" + summary.table(headings, rows) if rows else ""
 
 
 def _bench(out: Path) -> str:

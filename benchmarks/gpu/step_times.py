@@ -4,8 +4,8 @@
 
 Calls of two lengths are timed, each without its input product; a step is their difference. Every
 compiled number of batch rows and turns is forced, and the batch is as large as the device runs at
-once. At the end, or with --print from what is in FOLDER,
-come the rows for kMeasured in csrc/cuda/plan_model.h.
+once. Where weights are packed before the first step forward, that is timed alone, too. At the end,
+or with --print from what is in FOLDER, come the rows for kMeasured in csrc/cuda/plan_model.h.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
 
 from lstm_cuda import FusedLSTM, force_kernel, ops
@@ -136,6 +138,25 @@ def step_us(subject: Subject, device: Device, samples: int = 7) -> list[float]:
     return [(b - a) * 1e3 / between for a, b in zip(short, long, strict=True)]
 
 
+def packing_us(subject: Subject, device: Device, samples: int = 7) -> list[float]:
+    """Times of packing the weights of a forward call alone; none where there is nothing to pack."""
+    if subject.backward or subject.family == "rec_cta":
+        return []
+    options: dict[str, Any] = {
+        "device": device.torch_device,
+        "dtype": DTYPES[subject.precision.dtype],
+    }
+    H = subject.hidden
+    x, w_hh = (torch.randn(n, **options) for n in ((1, subject.batch, FEATURES), (4 * H, H)))
+    layout = ops.packed_layout(x, 1, H, H, subject.precision.tf32)
+
+    def pack() -> Tensor:
+        return ops.pack_weights([w_hh], layout)
+
+    device.clock.mean_ms(pack, 3)
+    return [device.clock.mean_ms(pack, 3) * 1e3 for _ in range(samples)]
+
+
 def measure_all(
     found: Iterable[Subject], device: Device, architecture: int, lost: Callable[[], bool]
 ) -> Iterator[Record]:
@@ -159,7 +180,9 @@ def measure_all(
                 forced_kernel(subject.family, subject.columns, subject.turns),
             ):
                 times = sorted(step_us(subject, device))
+                packing = packing_us(subject, device)
             record |= {"low": times[0], "median": times[len(times) // 2], "high": times[-1]}
+            record["packing"] = median(packing) if packing else None
         except RuntimeError as error:
             record["error"] = describe(error)
             yield record

@@ -170,6 +170,8 @@ void choose_tiles(CudaPlan& plan, const LayerShape& s, const CudaRequest& reques
   };
   for (int tiles = 1; tiles <= most; tiles *= 2)
     for (int turns = 1; turns <= most_turns(plan.family, tiles); ++turns) consider(tiles, turns);
+  plan.pack_beside =
+      !request.backward && model::worth_packing_beside(s, plan.arithmetic, plan.resident.hidden);
 }
 
 // The plan for a family, forced or not; where it cannot run the layer the reason says why.

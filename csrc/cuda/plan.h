@@ -45,6 +45,7 @@ struct CudaPlan {
   int column_tiles;        // the same: 1, 2 or 4 tiles of 8 batch rows in a cluster or group
   int turns;               // the same: in which a step takes its tiles; 1: all together
   int groups;              // rec_group: groups that one launch runs together
+  bool pack_beside;        // forward: weights are packed beside the product of inputs
   double estimated_us;     // of the recurrence, by plan_model.h
 };
 

@@ -78,6 +78,7 @@ inline constexpr double kNextLaunch = 1.35;   // [unit] from step to step; 1.24 
 inline constexpr double kShortestStep = 1.0;  // [est] of rec_step, without the launch
 inline constexpr double kBackwardStep = 0.4;  // [est] what its backward steps take more
 inline constexpr double kPacked = 1e6;        // [est] bytes of weights packed in a us
+inline constexpr double kFork = 5.0;          // [est] two streams waiting for each other
 inline constexpr double kProductLoss = 1.15;  // [est] what rec_step loses of product_rate
 
 // Multiply-adds a us of rec_step, of the whole device: 25, 48, 280 and 600 TFLOP/s. [est]: mma.sync
@@ -231,12 +232,25 @@ constexpr int64_t resident_clusters(int blocks, const CudaDevice& device) {
 // Each multiprocessor reads its own weights.
 constexpr double weights_us(double bytes) { return bytes / kL2Bytes / kClock; }
 
+// Packing the weights of clusters and groups.
+constexpr double pack_us(const LayerShape& s, Arithmetic a, int hidden) {
+  const double packed = double(s.D) * 4 * hidden * hidden * 2 * parts_of(a);
+  return kSmallLaunch + packed / kPacked;
+}
+
+// Whether the product of inputs hides more of it than a second stream costs.
+constexpr bool worth_packing_beside(const LayerShape& s, Arithmetic a, int hidden) {
+  const double product =
+      double(s.T) * double(s.B) * 4 * double(s.D * s.H) * double(s.I) / product_rate(a);
+  return std::min(product, pack_us(s, a, hidden)) > kFork;
+}
+
 // What clusters and groups need before they start: packed weights, and products of initial states.
 // Counted whether there is an initial state or not: the same layer takes the same family with it
-// and without, and for few steps, where this matters, there usually is one.
+// and without, and for few steps, where this matters, there usually is one. Packing is counted even
+// where it is hidden: what is hidden is small beside a recurrence that long.
 constexpr double prepared_us(const LayerShape& s, Arithmetic a, int hidden) {
-  const double packed = double(s.D) * 4 * hidden * hidden * 2 * parts_of(a);
-  return 3 * kSmallLaunch + packed / kPacked;
+  return 2 * kSmallLaunch + pack_us(s, a, hidden);
 }
 
 constexpr double cta_us(const LayerShape& s, Arithmetic a, int hidden, bool backward,

@@ -8,6 +8,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/cuda/device.h"
@@ -28,6 +29,24 @@ Status cuda_device(int, CudaDevice& device) {
 }
 
 bool capturing(Stream) { return recorded; }
+
+// Kept in the list of launches as "fork" and "join". What is put beside runs at the latest moment.
+struct Beside {};
+
+Fork::Fork(int, Stream from, bool wanted) : from_(from) {
+  static const Beside other{};
+  if (!wanted) return;
+  beside_ = &other;
+  emulation::launches().push_back({{"fork", 0, 0}, false});
+}
+
+Stream Fork::stream() const { return {beside_ != nullptr}; }
+
+Status Fork::join() {
+  if (!std::exchange(beside_, nullptr)) return {};
+  emulation::launches().push_back({{"join", 0, 0}, false});
+  return emulation::run_deferred();
+}
 
 namespace {
 
@@ -68,10 +87,11 @@ void scale_products(bool all, bool refused) {
   scaling_refused = false;
 }
 
-// Names of the kernels started since the last call.
+// Names of the kernels started since the last call; those beside the caller's stream marked so.
 std::vector<std::string> take_launches() {
   std::vector<std::string> names;
-  for (const LaunchShape& shape : emulation::launches()) names.emplace_back(shape.kernel);
+  for (const emulation::Launched& each : emulation::launches())
+    names.push_back(each.kernel + std::string(each.beside ? " (beside)" : ""));
   emulation::launches().clear();
   return names;
 }
