@@ -74,6 +74,20 @@ def test_nothing_is_lost_between_chunks(
     assert_equal([*found.values()], [*expected.values()])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+def test_repeats_bit_for_bit(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = PROBLEMS[1]
+    in_chunks(monkeypatch, 4)
+    first, *others = (
+        [*helpers.run(helpers.call, p, make(p, device).to(dtype), "y h_n c_n cells").values()]
+        for _ in range(3)
+    )
+    for other in others:
+        assert_equal(other, first)
+
+
 def test_gradients_of_weights_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Added up in bfloat16, those of many chunks would lose what those of one do not."""
     p = Problem(1024, 2, 8, 8, L=2)
