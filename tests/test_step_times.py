@@ -134,7 +134,7 @@ def test_packing_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_times, "step_us", lambda *_: [0.1])
     precision = shapes.PRECISIONS["bf16"]
     both = [
-        step_times.Subject("rec_group", precision, 512, 8, 32, backward, "bfloat16")
+        step_times.Subject("rec_group", precision, 512, 8, 1, 32, backward, "bfloat16")
         for backward in (False, True)
     ]
     good, other = step_times.measure_all(both, Host(), 90, lambda: False)  # type: ignore[arg-type]

@@ -61,16 +61,19 @@ LSTM_DEVICE auto load_either(const void* from, bool wide, int64_t at) {
   using Compute = typename Types<arithmetic>::Compute;
   using Element = typename Types<arithmetic>::Element;
   if (!from) return Compute(0);
-  return wide ? static_cast<const Compute*>(from)[at]
-              : to_compute(static_cast<const Element*>(from)[at]);
+  if constexpr (!std::is_same_v<Element, Compute>)
+    if (wide) return static_cast<const Compute*>(from)[at];
+  return to_compute(static_cast<const Element*>(from)[at]);
 }
 template <Arithmetic arithmetic, class Compute>
 LSTM_DEVICE void store_either(void* to, bool wide, int64_t at, Compute v) {
   using Element = typename Types<arithmetic>::Element;
-  if (wide)
-    static_cast<Compute*>(to)[at] = v;
-  else
-    static_cast<Element*>(to)[at] = to_element<Element>(v);
+  if constexpr (!std::is_same_v<Element, Compute>)
+    if (wide) {
+      static_cast<Compute*>(to)[at] = v;
+      return;
+    }
+  static_cast<Element*>(to)[at] = to_element<Element>(v);
 }
 
 // Two values in one register as products read them, the first in the lower half; and back.

@@ -297,7 +297,7 @@ LSTM_DEVICE void run_forward(const ForwardParams<typename Team::Source>& params)
       length[i][j] = there ? part.length(8 * role.tile(i) + 2 * q + j) : 0;
       h[i][j] = there && p.h0 ? static_cast<const Element*>(p.h0)[state_at(i, j)]
                               : to_element<Element>(Compute(0));
-      c[i][j] = there ? load_either<F::arithmetic>(p.c0, p.wide_c, state_at(i, j)) : Compute(0);
+      c[i][j] = load_either<F::arithmetic>(there ? p.c0 : nullptr, p.wide_c, state_at(i, j));
     }
     across_length[i] = part.length(8 * role.tile(i) + g);
     const int left = part.rows - 8 * role.tile(i);

@@ -105,7 +105,7 @@ PYBIND11_MODULE(lstm_cuda_emulated, m) {
       [](const std::string& name, int columns, int turns) {
         return lstm_cuda::force_kernel({name.c_str(), columns, turns});
       },
-      py::arg("name"), py::arg("columns") = 0, py::arg("turns") = 0);
+      pybind11::arg("name"), pybind11::arg("columns") = 0, pybind11::arg("turns") = 0);
   m.def("set_order", &lstm_cuda::set_order);
   m.def("set_device", &lstm_cuda::set_device);
   m.def("refuse", &lstm_cuda::refuse, pybind11::arg("kernel"), pybind11::arg("spared") = 0);
