@@ -88,6 +88,7 @@ py::dict plan_cuda(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_
                   "arithmetic"_a = lstm_cuda::name_of(plan.arithmetic), "because"_a = plan.reason);
   if (!plan.possible) return result;
   result["estimated_us"] = plan.estimated_us;
+  if (plan.folds_projection) result["folds_projection"] = true;
   switch (plan.family) {
     case lstm_cuda::Family::rec_cta:
       result["padded_hidden"] = plan.padded_hidden;

@@ -36,9 +36,10 @@ inline constexpr const char* kBackwardSchema =
     "int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, bool allow_tf32) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr)";
 
-// w_hh as a call of layer_forward whose plan has this layout would pack it.
+// w_hh as a call of layer_forward whose plan has this layout would pack it, with w_hr (which may be
+// empty) folded into it.
 inline constexpr const char* kPackSchema =
-    "pack_weights(Tensor[] w_hh, int packed_layout) -> Tensor";
+    "pack_weights(Tensor[] w_hh, Tensor[] w_hr, int packed_layout) -> Tensor";
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

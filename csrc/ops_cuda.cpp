@@ -5,6 +5,9 @@
 //              dx = dgates w_ih    dw_ih = dgates^T x    dw_hh = dgates^T h_prev    db = sum dgates
 //              dw_hr = dh^T m
 //
+// A projection h = w_hr m is a part of rec_step's recurrence; for the other families it is folded into
+// the weights (ops_projection.h).
+//
 // Everything is put on the current stream, or beside it where that joins it again; nothing waits for
 // the device, so a call can be captured in a CUDA graph.
 #include "cuda/device.h"
@@ -14,7 +17,7 @@
 #include "cuda/pack.h"
 #include "cuda/plan.h"
 #include "ops.h"
-#include "ops_products.h"
+#include "ops_projection.h"
 
 #if !defined(LSTM_EMULATE)
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -50,8 +53,9 @@ struct Context {
 };
 #endif
 
-// Families whose kernels keep the weights. For them alone, weights are packed, and what the initial
-// state is multiplied with is torch's: gates_x[first step] += h0 w_hh^T, dh0 = dgates[first step] w_hh.
+// Families whose kernels keep the weights. For them alone, weights are packed. What the initial state
+// is multiplied with is torch's for them, and wherever a projection is folded:
+// gates_x[first step] += h0 w_hh^T, dh0 = dgates[first step] w_hh.
 bool keeps_weights(Family family) {
   return family == Family::rec_cluster || family == Family::rec_group;
 }
@@ -74,6 +78,7 @@ struct Forward {
   OptionalTensor biases;  // [D * 4H], the sum
   OptionalTensor packed;  // weights that were packed before, in this layout
   int64_t layout;
+  Tensor y, h_n;
   RecurrenceForward p{};
   Tensor gates{};  // [T, B, D, 4H]
 
@@ -97,14 +102,32 @@ struct Forward {
         return rec_step_forward(p, plan, scratch.data(), stream);
     }
   }
+  Status add_initial_state(Stream stream) const {
+    if (!p.h0) return {};
+    const Tensor product = bmm(*in.h0, transpose(stacked_w_hh(in), 1, 2));
+    return add_initial_product(in.shape, product.data_ptr(), p.lengths, p.reset, p.gates, stream);
+  }
   Status start_resident(const CudaPlan& plan, const Scratch& scratch, Stream stream) const {
-    if (in.h0) {
-      const Tensor product = bmm(*in.h0, transpose(stacked_w_hh(in), 1, 2));
-      const Status status =
-          add_initial_product(in.shape, product.data_ptr(), p.lengths, p.reset, p.gates, stream);
-      if (!status.ok()) return status;
-    }
-    return start(plan, scratch, stream);
+    const Status status = add_initial_state(stream);
+    return status.ok() ? start(plan, scratch, stream) : status;
+  }
+
+  // What comes before and after a recurrence over m, with a projection folded into its weights.
+  Status before_folded(Forward& over_m, Stream stream) const {
+    const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
+    over_m.y = empty({T, B, D * H}, in.type, in.x);
+    over_m.h_n = empty({D, B, H}, in.type, in.x);
+    over_m.p.y = over_m.y.data_ptr();
+    over_m.p.h_n = over_m.h_n.data_ptr();
+    over_m.p.h0 = nullptr;
+    return add_initial_state(stream);
+  }
+  Status after_folded(const Forward& over_m, Stream stream) {
+    const auto project = [&](const Tensor& m, int64_t d) {
+      return products.linear(m, in.w_hr[d], {});
+    };
+    y = shaped(each_recurrence(over_m.y, in.shape, project), sizes_of(y));
+    return last_outputs(in.shape, y.data_ptr(), p.h0, p.lengths, p.h_n, stream);
   }
   // Whether a launch is refused is known only after h0's product was put in gates_x, where the next
   // family would add it again; of several launches, the first may have saved gates there, too. That
@@ -123,8 +146,11 @@ struct Forward {
 struct Backward {
   static constexpr bool kBackward = true;
   const Inputs& in;
+  Products products;
+  OptionalTensor dy, dh_n;
+  Tensor dgates, dh0;
+  bool need_dh;  // where the recurrence does without
   RecurrenceBackward p{};
-  Tensor dh0;
 
   Status start(const CudaPlan& plan, const Scratch& scratch, Stream stream) const {
     switch (plan.family) {
@@ -139,23 +165,53 @@ struct Backward {
     }
   }
   Status start_resident(const CudaPlan& plan, const Scratch& scratch, Stream stream) {
+    const Status status = start(plan, scratch, stream);
+    return status.ok() ? finish_initial_state(stream) : status;
+  }
+  Status finish_initial_state(Stream stream) {
+    if (!p.dh0) return {};
     const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
-    Status status = start(plan, scratch, stream);
-    if (!status.ok() || !p.dh0) return status;
     const Tensor first = empty({D, B, 4 * H}, in.type, in.x);
-    status = first_dgates(in.shape, p.dgates, p.lengths, p.reset, first.data_ptr(), stream);
+    const Status status =
+        first_dgates(in.shape, p.dgates, p.lengths, p.reset, first.data_ptr(), stream);
     if (!status.ok()) return status;
     dh0 = bmm(first, stacked_w_hh(in));
     return finish_dh0(in.shape, p.dh_n, p.lengths, p.reset, dh0.data_ptr(), stream);
   }
   void multiply_input() {}
+
+  // What comes before and after a recurrence over m, with a projection folded into its weights.
+  Status before_folded(Backward& over_m, Stream) const {
+    const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
+    const auto project = [&](const Tensor& rows, int64_t d) {
+      return products.multiply(rows, in.w_hr[d]);
+    };
+    if (dy) over_m.dy = each_recurrence(*dy, in.shape, project);
+    if (dh_n) over_m.dh_n = bmm(*dh_n, shaped(cat(in.w_hr), {D, P, H}));
+    over_m.p.dy = pointer(over_m.dy);
+    over_m.p.dh_n = pointer(over_m.dh_n);
+    over_m.p.dh = over_m.p.dh0 = nullptr;
+    return {};
+  }
+  Status after_folded(const Backward&, Stream stream) {
+    if (need_dh) {
+      const auto back = [&](const Tensor& rows, int64_t d) {
+        return products.multiply(rows, in.w_hh[d]);
+      };
+      const Tensor product = each_recurrence(dgates, in.shape, back);
+      const Status status = output_gradients(in.shape, p.dy, p.dh_n, product.data_ptr(), p.lengths,
+                                             p.reset, p.dh, stream);
+      if (!status.ok()) return status;
+    }
+    return finish_initial_state(stream);
+  }
   void undo_resident() {}  // what was given is as it was, and results are written again
   static const void* packed_before(const CudaPlan&, int64_t) { return nullptr; }
 };
 
 template <class Call>
 Status start(Call& call, const CudaPlan& plan, const Context& context) {
-  const LayerShape& shape = call.in.shape;
+  const LayerShape& shape = call.p.shape;
   const Stream stream = context.stream;
   if (!keeps_weights(plan.family)) {
     call.multiply_input();
@@ -170,7 +226,8 @@ Status start(Call& call, const CudaPlan& plan, const Context& context) {
   Scratch scratch(call.in, (before ? 0 : packed) + words);
   scratch.weights = packed_weights(shape, plan, Call::kBackward, before ? before : scratch.data());
   if (words > 0) scratch.words = scratch.data() + (before ? 0 : packed);
-  Fork fork(context.index, stream, plan.pack_beside && !before);
+  const bool waits = !call.p.gates;  // for a product under which packing can hide
+  Fork fork(context.index, stream, plan.pack_beside && waits && !before);
   Status status{};
   if (!before)
     status = pack_weights(shape, plan, Call::kBackward, call.p.w_hh, scratch.data(), scratch.words,
@@ -181,6 +238,24 @@ Status start(Call& call, const CudaPlan& plan, const Context& context) {
   call.multiply_input();
   status = fork.join();
   return status.ok() ? call.start_resident(plan, scratch, stream) : status;
+}
+
+// The same of a layer whose projection is folded into the weights.
+template <class Call>
+Status start_folded(Call& call, const CudaPlan& plan, const Context& context) {
+  call.multiply_input();
+  Call over_m = call;
+  over_m.p.shape = unprojected(call.in.shape);
+  over_m.p.w_hr = nullptr;
+  Tensors weights;
+  if (!keeps_weights(plan.family) ||
+      !call.packed_before(plan, packed_bytes(over_m.p.shape, plan, Call::kBackward)))
+    weights = fold_projection(call.products, call.in.w_hh, call.in.w_hr);
+  const std::vector<const void*> w_hh = pointers(weights);
+  over_m.p.w_hh = w_hh.data();
+  Status status = call.before_folded(over_m, context.stream);
+  if (status.ok()) status = start(over_m, plan, context);
+  return status.ok() ? call.after_folded(over_m, context.stream) : status;
 }
 
 // Runs the recurrence with the family that the plan gives; one that cannot be launched here makes
@@ -200,12 +275,13 @@ void run(Call& call, bool allow_tf32, const Context& context) {
     STD_TORCH_CHECK(plan.possible, "lstm_cuda: ", name_of(plan.family),
                     " cannot run a layer of H=", shape.H, ", P=", shape.P,
                     recorded ? " here, for a CUDA graph: " : " here: ", plan.reason);
-    const Status status = start(call, plan, context);
+    const Status status =
+        plan.folds_projection ? start_folded(call, plan, context) : start(call, plan, context);
     if (status.ok()) return;
     if (request.forced >= 0 || plan.family == Family::rec_step) check(status);
     remember_refusal(context.index, plan.family);
     refused_now |= 1 << int(plan.family);
-    if (keeps_weights(plan.family)) call.undo_resident();
+    if (keeps_weights(plan.family) || plan.folds_projection) call.undo_resident();
   }
 }
 
@@ -254,7 +330,7 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
   }
   const Tensor h_n = empty({D, B, P}, in.type, x), c_n = empty({D, B, H}, in.c_type, x);
 
-  Forward forward{in, Products(x, allow_tf32, context.stream), biases, packed, layout};
+  Forward forward{in, Products(x, allow_tf32, context.stream), biases, packed, layout, y, h_n};
   RecurrenceForward& p = forward.p;
   fill(p, in);
   p.h0 = pointer(in.h0);
@@ -264,7 +340,7 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
   p.c_n = c_n.data_ptr();
   p.c = save || cells ? c.data_ptr() : nullptr;
   run(forward, allow_tf32, context);
-  return {y, h_n, c_n, save ? forward.gates : empty({0}, in.type, x), c};
+  return {forward.y, h_n, c_n, save ? forward.gates : empty({0}, in.type, x), c};
 }
 
 BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
@@ -296,7 +372,10 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const Tensor dgates = empty({rows, D, 4 * H}, in.type, x);
   const Tensor dh = projected ? empty({rows, D, P}, in.type, x) : nothing;
   const Tensor dc0 = c0 ? empty({D, B, H}, in.c_type, x) : nothing;
-  Backward backward{in, {}, h0 ? empty({D, B, P}, in.type, x) : nothing};
+  const Products products(x, allow_tf32, context.stream);
+  Backward backward{in,         products, grads.dy,
+                    grads.dh_n, dgates,   h0 ? empty({D, B, P}, in.type, x) : nothing,
+                    need_dw};
   RecurrenceBackward& p = backward.p;
   fill(p, in);
   p.gates = grads.gates.data_ptr();
@@ -311,7 +390,6 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   p.dc0 = c0 ? dc0.data_ptr() : nullptr;
   run(backward, allow_tf32, context);
 
-  const Products products(x, allow_tf32, context.stream);
   const Tensor flat = shaped(dgates, {rows, D * 4 * H});
   Tensor dx = nothing, dw_ih = nothing, dw_hh = nothing, db = nothing, dw_hr = nothing;
   if (need_dx) dx = shaped(products.multiply(flat, cat(in.w_ih)), {T, B, I});
@@ -349,22 +427,28 @@ ScalarType type_of(Arithmetic arithmetic) {
                                               : ScalarType::Float;
 }
 
-Tensor pack_weights_ahead(const Tensors& w_hh, int64_t layout) {
+Tensor pack_weights_ahead(const Tensors& w_hh, const Tensors& w_hr, int64_t layout) {
   STD_TORCH_CHECK(!w_hh.empty() && w_hh.size() <= size_t(kMaxRecurrences),
                   "lstm_cuda: w_hh must have 1 to 64 tensors; got ", w_hh.size());
   CudaPlan plan;
   STD_TORCH_CHECK(plan_of_layout(layout, plan), "lstm_cuda: no packed weights have layout ",
                   layout);
   const Tensor& first = w_hh[0];
-  STD_TORCH_CHECK(first.dim() == 2, "lstm_cuda: w_hh must be [4H, H]; got ", first.dim(), "-D");
+  STD_TORCH_CHECK(first.dim() == 2, "lstm_cuda: w_hh must be [4H, P]; got ", first.dim(), "-D");
+  const int64_t P = first.size(1), H = w_hr.empty() ? P : first.size(0) / 4;
+  const ScalarType type = type_of(plan.arithmetic);
   LayerShape shape{};
   shape.D = int64_t(w_hh.size());
-  shape.H = shape.P = first.size(1);
-  const Tensors weights =
-      checked("w_hh", w_hh, w_hh.size(), {4 * shape.H, shape.H}, type_of(plan.arithmetic), first);
+  shape.H = shape.P = H;
+  Tensors weights = checked("w_hh", w_hh, w_hh.size(), {4 * H, P}, type, first);
+  const Tensors projections =
+      checked("w_hr", w_hr, w_hr.empty() ? 0 : w_hh.size(), {P, H}, type, first);
   STD_TORCH_CHECK(shape.H <= plan.resident.hidden, "lstm_cuda: layout ", layout,
                   " is for hidden sizes up to ", plan.resident.hidden, "; got ", shape.H);
   const Context context(first);
+  if (!projections.empty())
+    weights = fold_projection(Products(first, plan.arithmetic == Arithmetic::tf32, context.stream),
+                              weights, projections);
   const Tensor packed = empty({packed_bytes(shape, plan, false)}, ScalarType::Byte, first);
   check(pack_weights(shape, plan, false, pointers(weights).data(), packed.data_ptr(), nullptr, 0,
                      context.stream));

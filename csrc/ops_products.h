@@ -29,8 +29,8 @@ Tensor call(const char* op, const char* overload, const Arguments&... arguments)
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-inline Tensor cat(const Tensors& list) {
-  return list.size() == 1 ? list[0] : call("aten::cat", "", list, int64_t(0));
+inline Tensor cat(const Tensors& list, int64_t dim = 0) {
+  return list.size() == 1 ? list[0] : call("aten::cat", "", list, dim);
 }
 inline Tensor shaped(const Tensor& t, const Sizes& sizes) { return torch::stable::view(t, sizes); }
 inline Tensor mm(const Tensor& a, const Tensor& b) { return call("aten::mm", "", a, b); }

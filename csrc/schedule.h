@@ -33,6 +33,11 @@ struct Schedule {
     if (!reversed) return t - 1;
     return t + 1 < length(b) ? t + 1 : -1;
   }
+  // The step after t in the order of the recurrence, or -1 where t is the row's last.
+  LSTM_HOST_DEVICE int64_t next(int64_t t, int64_t b) const {
+    if (reversed) return t - 1;
+    return t + 1 < length(b) ? t + 1 : -1;
+  }
   // True if no state crosses into step t. reset[t] is a boundary between t-1 and t in either
   // direction.
   LSTM_HOST_DEVICE bool fresh(int64_t t, int64_t b) const {

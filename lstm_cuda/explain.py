@@ -91,4 +91,6 @@ def _in_words(plan: dict[str, object]) -> str:
             how += f" in {plan['turns']} turns"
     if "groups" in plan:
         how += f", {plan['groups']} groups at once"
+    if "folds_projection" in plan:
+        how += ", the projection folded into the weights"
     return f"{how}: {because}"

@@ -54,7 +54,7 @@ def fused_layer(
         )
         return y, h_n, c_n, c
     w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
-    kept = (None, 0) if packed is None else packed.find(x, w_hh, bool(w_hr), allow_tf32)
+    kept = (None, 0) if packed is None else packed.find(x, w_hh, w_hr, allow_tf32)
     y, h_n, c_n, _, c = ops.layer_forward(
         x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, False, cells, allow_tf32, *kept
     )

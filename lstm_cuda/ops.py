@@ -102,7 +102,8 @@ def plan_cuda(
     Returns:
         ``kernel``, the family; ``possible``, whether it can run the layer; ``arithmetic`` of
         products; ``because``, in words. If it is possible, ``estimated_us``, what the whole
-        recurrence is expected to take, and
+        recurrence is expected to take; ``folds_projection`` (True) if the projection is folded into
+        its weights; and
 
         * ``rec_cta``: ``padded_hidden``, the compiled size that holds H
         * ``rec_cluster``, ``rec_group``: the same, and ``blocks`` of a cluster or group, ``warps``
@@ -156,9 +157,15 @@ def packed_layout(x: Tensor, D: int, H: int, P: int, allow_tf32: bool) -> int:
     return layout
 
 
-def pack_weights(w_hh: Sequence[Tensor], layout: int) -> Tensor:
-    """w_hh of D recurrences, [4H, H] each, packed for ``layer_forward``."""
-    packed: Tensor = _pack(w_hh, layout)
+def pack_weights(w_hh: Sequence[Tensor], w_hr: Sequence[Tensor], layout: int) -> Tensor:
+    """w_hh of D recurrences packed for ``layer_forward``, with any projections folded in.
+
+    Args:
+        w_hh: D tensors [4H, P].
+        w_hr: none (then P = H), or D tensors [P, H].
+        layout: as ``packed_layout`` gave it.
+    """
+    packed: Tensor = _pack(w_hh, w_hr, layout)
     return packed
 
 
@@ -255,7 +262,7 @@ def layer_forward(
         save: keep what backward needs.
         cells: keep c.
         allow_tf32: float32 products may round operands to TF32 (CUDA only).
-        packed: w_hh as ``pack_weights`` gave it, or None.
+        packed: w_hh and w_hr as ``pack_weights`` gave them, or None.
         packed_layout: its layout; where the call's is another, w_hh is packed anew.
 
     Returns:

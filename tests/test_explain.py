@@ -58,8 +58,14 @@ def test_a_cuda_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None
     assert "float32 products" in explain(lstm, x, h100)
     with force_kernel("rec_step"):
         assert "rec_step, float32" in explain(lstm, x, h100)
-    text = explain(FusedLSTM(3, 64, proj_size=8), x, h100)
-    assert "overlapping launches for each step, small tiles: rec_cta has no projection" in text
+    projected = FusedLSTM(3, 64, proj_size=8)
+    assert explain(projected, x, h100).splitlines()[2] == (
+        "  forward: rec_cta, float32 products, one launch for all steps, H padded to 64, the "
+        "projection folded into the weights: the weights fit the registers of one block"
+    )
+    with force_kernel("rec_step"):
+        text = explain(projected, x, h100)
+        assert "overlapping launches for each step, small tiles: forced" in text
     old = CudaDevice(architecture=75, multiprocessors=40, shared_bytes=65536)
     assert "error: rec_step cannot run it: the device is older" in explain(lstm, x, old)
 

@@ -55,6 +55,25 @@ def test_weights_are_packed_once(packing: Any) -> None:
             assert packed(packing) == (2 if calls == 0 else 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_projection_is_folded_in_once(packing: Any, dtype: torch.dtype) -> None:
+    lstm = FusedLSTM(3, 10, bidirectional=True, proj_size=4, dtype=dtype)
+    x = torch.randn(4, 5, 3, dtype=dtype)
+    with torch.no_grad():
+        expected = lstm(x)
+        lstm.freeze()
+        packing.take_launches()
+        for calls in range(3):
+            for found, wanted in zip(lstm(x)[1], expected[1], strict=True):
+                assert torch.equal(found, wanted)
+            assert packed(packing) == (1 if calls == 0 else 0)
+        lstm.weight_hr_l0_reverse.mul_(2)
+        after = lstm(x)[0]
+        assert packed(packing) == 1
+        lstm.train()
+        assert torch.equal(lstm(x)[0], after)
+
+
 def test_changed_weights_are_packed_anew(packing: Any) -> None:
     lstm = FusedLSTM(3, 10).freeze()
     x = torch.randn(4, 5, 3)
@@ -110,9 +129,13 @@ def test_packed_weights_of_another_layer_are_refused(packing: Any) -> None:
     with pytest.raises(RuntimeError, match="packed must have"):
         ops.layer_forward(*arguments, False, short, layout)
     with pytest.raises(RuntimeError, match="no packed weights have layout 12345"):
-        ops.pack_weights([w_hh], 12345)
+        ops.pack_weights([w_hh], [], 12345)
     with pytest.raises(RuntimeError, match="w_hh"):
-        ops.pack_weights([w_hh.half()], layout)
+        ops.pack_weights([w_hh.half()], [], layout)
+    with pytest.raises(RuntimeError, match=r"w_hh must be \[40, 10\]; got \[39, 10\]"):
+        ops.pack_weights([w_hh[:39]], [], layout)
+    with pytest.raises(RuntimeError, match=r"w_hr must be \[10, 10\]; got \[9, 10\]"):
+        ops.pack_weights([w_hh], [torch.randn(9, 10)], layout)
 
 
 def test_on_a_cpu_nothing_is_kept() -> None:

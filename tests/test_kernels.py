@@ -193,7 +193,7 @@ def test_accuracy(p: Problem, family: str, arithmetic: str, machine: Machine) ->
             for other, names in KERNELS.items():
                 assert kernels & set(names) == (set(names) if other == family else set())
             assert ({"pack_forward", "pack_backward"} <= kernels) == (family in RESIDENT)
-            assert ("step_project" in kernels) >= bool(p.P)
+            assert ("step_project" in kernels) >= (bool(p.P) and family == "rec_step")
 
 
 # The sizes that these families are for.
@@ -248,7 +248,7 @@ def test_accuracy_of_large_layers(H: int, B: int, arithmetic: str, machine: Mach
 # The gradients of all others are absent.
 @pytest.mark.parametrize("of", ["y", "h_n", "c_n", "cells", "h_n c_n"])
 @cases(
-    [Problem(4, 9, 3, 12, bidirectional=True, lengths=True, reset=True), Problem(3, 2, 3, 6, P=4)],
+    [Problem(4, 9, 3, 12, bidirectional=True, lengths=True, reset=True), Problem(3, 5, 3, 12, P=5)],
     {"rec_group": [Problem(3, 3, 3, 12, lengths=True)]},
 )
 def test_absent_gradients(
@@ -431,17 +431,20 @@ ONE_GROUP = CudaDevice(80, 40, 166912)  # at a time; and no clusters
 
 # Of a group's launches the first may have been made: gates of some rows are then there already.
 @pytest.mark.parametrize(
-    "family, H, refused, spared, modelled, index",
+    "family, H, P, refused, spared, modelled, index",
     [  # each on a device of its own, on which nothing was refused before
-        ("rec_cluster", 200, "rec_", 0, H200, 2),
-        ("rec_cluster", 200, "rec_cluster_backward", 0, H200, 3),
-        ("rec_group", 300, "rec_group_forward", 1, ONE_GROUP, 4),
-        ("rec_group", 300, "rec_group_backward", 1, ONE_GROUP, 5),
+        ("rec_cluster", 200, 0, "rec_", 0, H200, 2),
+        ("rec_cluster", 200, 0, "rec_cluster_backward", 0, H200, 3),
+        ("rec_group", 300, 0, "rec_group_forward", 1, ONE_GROUP, 4),
+        ("rec_group", 300, 0, "rec_group_backward", 1, ONE_GROUP, 5),
+        ("rec_cluster", 200, 60, "rec_", 0, H200, 8),
+        ("rec_group", 300, 60, "rec_group_forward", 1, ONE_GROUP, 9),
     ],
 )
 def test_nothing_is_left_of_a_family_that_was_refused(
     family: str,
     H: int,
+    P: int,
     refused: str,
     spared: int,
     modelled: CudaDevice,
@@ -453,11 +456,11 @@ def test_nothing_is_left_of_a_family_that_was_refused(
 
     def chosen(T: int, backward: bool) -> object:
         dtype = ARITHMETICS["f16"]
-        return ops.plan_cuda(T, 2, 2, 3, H, H, dtype, backward, False, modelled)["kernel"]
+        return ops.plan_cuda(T, 2, 2, 3, H, P or H, dtype, backward, False, modelled)["kernel"]
 
     # As few steps as make the family worth while.
     T = next(T for T in range(1, 100) if {chosen(T, b) for b in (False, True)} == {family})
-    p = Problem(T, 2, 3, H, bidirectional=True, lengths=True, reset=True)
+    p = Problem(T, 2, 3, H, P=P, bidirectional=True, lengths=True, reset=True)
     refusing.set_device(modelled.architecture, modelled.multiprocessors, modelled.shared_bytes)
     refusing.use_device(index)
     refusing.refuse(refused, spared)

@@ -331,12 +331,50 @@ def test_less_shared_memory_leaves_groups_fewer_columns() -> None:
         assert not plan(widest + 1, **options)["possible"]
 
 
-def test_projected_layers_take_steps() -> None:
-    got = plan(32, P=16)
-    assert got["kernel"] == "rec_step" and got["because"] == "rec_cta has no projection"
-    for family in ("rec_cta", "rec_cluster", "rec_group"):
-        got = plan(32, P=16, family=family)
-        assert not got["possible"] and got["because"] == f"{family} has no projection"
+# With a projection, forward, 512 steps, on an H200. Of the last two, folding would multiply the
+# products by 13, in batches where they are what counts.
+PROJECTED = [
+    ("bfloat16", 64, 16, 16, "rec_cta"),
+    ("bfloat16", 256, 64, 16, "rec_cluster"),
+    ("bfloat16", 1024, 512, 16, "rec_group"),
+    ("tf32", 512, 128, 8, "rec_cluster"),
+    ("float32", 1024, 512, 16, "rec_group"),
+    ("float64", 32, 8, 16, "rec_cta"),
+    ("float64", 64, 8, 16, "rec_step"),
+    ("bfloat16", 1024, 64, 512, "rec_step"),
+    ("float32", 1024, 64, 64, "rec_step"),
+]
+
+
+@pytest.mark.parametrize("arithmetic, H, P, B, family", PROJECTED)
+def test_projected_layers(arithmetic: str, H: int, P: int, B: int, family: str) -> None:
+    got = plan(H, B, P=P, arithmetic=arithmetic)
+    assert got["kernel"] == family and got.get("folds_projection", False) == (family != "rec_step")
+
+
+@BY_ARITHMETIC
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_projection_costs_something(arithmetic: str, backward: bool) -> None:
+    options = {"arithmetic": arithmetic, "backward": backward}
+    for family, H, B in itertools.product(FAMILIES, (32, 100, 256, 512, 1024), (16, 200)):
+        without = plan(H, B, family=family, **options)
+        projected = [plan(H, B, P=P, family=family, **options) for P in (1, 30, H - 1)]
+        for got in projected:
+            assert got["possible"] == without["possible"]
+            assert ("folds_projection" in got) == (got["possible"] and family != "rec_step")
+        assert "folds_projection" not in without
+        if not without["possible"]:
+            continue
+        times = [got["estimated_us"] for got in projected]
+        assert times == sorted(times)
+        assert times[0 if family != "rec_step" else -1] > without["estimated_us"]
+
+
+def test_why_a_projected_layer_takes_steps() -> None:
+    assert "so narrow a projection" in plan(1024, 64, P=64, arithmetic="float32")["because"]
+    assert "so many rows" in plan(1024, 2048, P=512)["because"]
+    assert "few steps" in plan(1024, 1, T=1, P=512)["because"]
+    assert "do not fit" in plan(5000, P=100)["because"]
 
 
 @pytest.mark.parametrize("family", ["rec_cta", "rec_cluster", "rec_group"])

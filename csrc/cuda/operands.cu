@@ -119,6 +119,64 @@ cell_outputs_kernel(LSTM_PARAMETER CellOutputs p) {
   });
 }
 
+struct LastOutputs {
+  LayerShape shape;
+  const void *y, *h0;
+  const int64_t* lengths;
+  void* to;
+};
+
+template <Arithmetic a>
+LSTM_KERNEL(kThreads)
+last_outputs_kernel(LSTM_PARAMETER LastOutputs p) {
+  using Element = typename Types<a>::Element;
+  const int64_t B = p.shape.B, D = p.shape.D, P = p.shape.P;
+  each(D * B * P, [&](int64_t index) {
+    const int64_t j = index % P, b = index / P % B, d = index / (P * B);
+    const Schedule schedule = schedule_of(p.shape, d, p.lengths, nullptr);
+    Element v = to_element<Element>(typename Types<a>::Compute(0));
+    if (schedule.length(b) > 0)
+      v = static_cast<const Element*>(p.y)[((schedule.last(b) * B + b) * D + d) * P + j];
+    else if (p.h0)
+      v = static_cast<const Element*>(p.h0)[index];
+    static_cast<Element*>(p.to)[index] = v;
+  });
+}
+
+struct OutputGradients {
+  LayerShape shape;
+  const void *dy, *dh_n, *product;
+  const int64_t* lengths;
+  const uint8_t* reset;
+  void* to;
+};
+
+template <Arithmetic a>
+LSTM_KERNEL(kThreads)
+output_gradients_kernel(LSTM_PARAMETER OutputGradients p) {
+  using Element = typename Types<a>::Element;
+  using Compute = typename Types<a>::Compute;
+  const int64_t B = p.shape.B, D = p.shape.D, P = p.shape.P;
+  const auto value = [](const void* from, int64_t at) {
+    return from ? to_compute(static_cast<const Element*>(from)[at]) : Compute(0);
+  };
+  each(p.shape.T * B * D * P, [&](int64_t index) {
+    const int64_t j = index % P, d = index / P % D, b = index / (P * D) % B,
+                  t = index / (P * D * B);
+    const Schedule schedule = schedule_of(p.shape, d, p.lengths, p.reset);
+    Compute dh = 0;
+    if (schedule.active(t, b)) {
+      const int64_t after = schedule.next(t, b);
+      dh = value(p.dy, index);
+      if (after < 0)
+        dh += value(p.dh_n, (d * B + b) * P + j);
+      else if (!schedule.fresh(after, b))
+        dh += value(p.product, ((after * B + b) * D + d) * P + j);
+    }
+    static_cast<Element*>(p.to)[index] = to_element<Element>(dh);
+  });
+}
+
 // True if the initial state of row b reaches a step, its first.
 LSTM_DEVICE bool initial_state_used(const Schedule& schedule, int64_t b) {
   return schedule.length(b) > 0 && !schedule.fresh(schedule.first(b), b);
@@ -228,6 +286,25 @@ Status cell_outputs(const LayerShape& shape, const void* gates, const void* c,
   return by_dtype(shape.dtype, [&]<Arithmetic a>() {
     return launch<cell_outputs_kernel<a>>(
         grid_for("cell_outputs", shape.T * shape.B * shape.D * shape.H), p, stream);
+  });
+}
+
+Status last_outputs(const LayerShape& shape, const void* y, const void* h0, const int64_t* lengths,
+                    void* to, Stream stream) {
+  const LastOutputs p{shape, y, h0, lengths, to};
+  return by_dtype(shape.dtype, [&]<Arithmetic a>() {
+    return launch<last_outputs_kernel<a>>(grid_for("last_outputs", shape.D * shape.B * shape.P), p,
+                                          stream);
+  });
+}
+
+Status output_gradients(const LayerShape& shape, const void* dy, const void* dh_n,
+                        const void* product, const int64_t* lengths, const uint8_t* reset, void* to,
+                        Stream stream) {
+  const OutputGradients p{shape, dy, dh_n, product, lengths, reset, to};
+  return by_dtype(shape.dtype, [&]<Arithmetic a>() {
+    return launch<output_gradients_kernel<a>>(
+        grid_for("output_gradients", shape.T * shape.B * shape.D * shape.P), p, stream);
   });
 }
 

@@ -23,6 +23,19 @@ Status copy_previous_h(const LayerShape& shape, const void* y, const void* h0,
 Status cell_outputs(const LayerShape& shape, const void* gates, const void* c,
                     const int64_t* lengths, void* to, Stream stream);
 
+// What a layer with a projection needs around a recurrence without one (ops_projection.h).
+
+// to[D, B, P] = y [T, B, D, P] of each row's last step; h0 (null: zeros) where a row has no steps.
+Status last_outputs(const LayerShape& shape, const void* y, const void* h0, const int64_t* lengths,
+                    void* to, Stream stream);
+
+// to[T, B, D, P] = the whole gradient of h: dy (null: zeros), and what comes back from the step after,
+// `product` = dgates w_hh [T, B, D, P] of that, if the state crosses into it, or of a row's last step
+// dh_n (null: zeros); 0 past a row's length.
+Status output_gradients(const LayerShape& shape, const void* dy, const void* dh_n,
+                        const void* product, const int64_t* lengths, const uint8_t* reset, void* to,
+                        Stream stream);
+
 // Products of the initial state, which families rec_cluster and rec_group leave to others.
 
 // gates[T, B, D, 4H] += product [D, B, 4H], in each row's first step, unless no state crosses into that.

@@ -24,26 +24,27 @@ Arithmetic arithmetic_of(Dtype dtype, bool allow_tf32) {
 
 // What is said of a family: why it was chosen, and why not.
 struct Words {
-  const char *name, *chosen, *refused, *projected, *wide, *shared, *counts;
+  const char *name, *chosen, *refused, *wide, *shared, *counts;
 };
 constexpr Words kWords[] = {
     {"rec_cta", "the weights fit the registers of one block",
-     "rec_cta could not be launched on this device", "rec_cta has no projection",
+     "rec_cta could not be launched on this device",
      "the weights do not fit the registers of one block",
      "rec_cta needs more shared memory than the device has",
      "more steps or rows than rec_cta counts"},
     {"rec_cluster", "the weights fit the registers of a cluster",
-     "rec_cluster could not be launched on this device", "rec_cluster has no projection",
+     "rec_cluster could not be launched on this device",
      "the weights do not fit the registers of a cluster",
      "rec_cluster needs more shared memory than the device has",
      "more steps or rows than rec_cluster counts"},
     {"rec_group", "the weights fit the blocks of a group",
-     "rec_group could not be launched on this device", "rec_group has no projection",
+     "rec_group could not be launched on this device",
      "the weights do not fit the blocks of a group",
      "rec_group needs more shared memory than the device has",
      "more steps or rows than rec_group counts"},
-    {"rec_step", nullptr, "rec_step could not be launched on this device", nullptr, nullptr,
-     "the device has too little shared memory", nullptr}};
+    {"rec_step", nullptr, "rec_step could not be launched on this device", nullptr,
+     "the device has too little shared memory", nullptr},
+};
 const Words& words(Family family) { return kWords[int(family)]; }
 
 // Where rec_step is chosen though others could run the layer.
@@ -52,6 +53,8 @@ constexpr const char* kFewSteps =
 constexpr int64_t kLong = 1 << 20;  // steps
 constexpr const char* kManyRows =
     "so many rows that reading the weights at every step costs little";
+constexpr const char* kNarrow =
+    "so narrow a projection that its products cost less than those with it folded into the weights";
 
 // The widest H of rec_cta, so that its weights stay in the registers of one block.
 int64_t widest_cta(Arithmetic arithmetic) {
@@ -127,7 +130,6 @@ const char* why_not(Family family, const LayerShape& s, Arithmetic arithmetic,
   if (family == Family::rec_step)
     return device.shared_bytes < step_shared_bytes(StepTile::small) ? words(family).shared
                                                                     : nullptr;
-  if (s.projected) return words(family).projected;
   if (s.T > kMostOfCta) return words(family).counts;
   if (family != Family::rec_cta) return why_not_resident(family, s, arithmetic, device);
   if (s.H > widest_cta(arithmetic)) return words(family).wide;
@@ -199,6 +201,9 @@ CudaPlan plan_family(Family family, const LayerShape& s, Arithmetic arithmetic,
       plan.reason = "no kernel of this family is compiled for so many batch rows and turns";
     }
   }
+  plan.folds_projection = s.projected && family != Family::rec_step;
+  if (plan.folds_projection)
+    plan.estimated_us += model::folding_us(s, arithmetic, family, backward, device);
   return plan;
 }
 
@@ -265,13 +270,19 @@ CudaPlan plan_cuda(const LayerShape& shape, const CudaRequest& request, const Cu
     best.reason = words(ideal.family).refused;
   } else if (best.family == Family::rec_step) {
     LayerShape longer = shape;
-    longer.T = kLong;
+    longer.T = std::max(shape.T, kLong);
+    LayerShape plain = longer;
+    plain.P = plain.H;
+    plain.projected = false;
     CudaRequest anything = request;
     anything.refused = 0;
-    best.reason = !others ? obstacle
-                  : shape.T < kLong && plan_cuda(longer, anything, device).family != best.family
-                      ? kFewSteps
-                      : kManyRows;
+    const auto never = [&](const LayerShape& s) {
+      return plan_cuda(s, anything, device).family == best.family;
+    };
+    best.reason = !others                             ? obstacle
+                  : shape.T < kLong && !never(longer) ? kFewSteps
+                  : shape.projected && !never(plain)  ? kNarrow
+                                                      : kManyRows;
   }
   return best;
 }

@@ -46,6 +46,7 @@ struct CudaPlan {
   int turns;               // the same: in which a step takes its tiles; 1: all together
   int groups;              // rec_group: groups that one launch runs together
   bool pack_beside;        // forward: weights are packed beside the product of inputs
+  bool folds_projection;   // not rec_step: the recurrence is over m, with weights w_hh w_hr
   double estimated_us;     // of the recurrence, by plan_model.h
 };
 

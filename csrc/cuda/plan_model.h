@@ -293,15 +293,34 @@ constexpr double group_us(const LayerShape& s, Arithmetic a, const ResidentShape
 // `columns`: of a tile; the batch is padded to them.
 constexpr double launches_us(const LayerShape& s, Arithmetic a, int columns, bool backward,
                              const CudaDevice& device) {
-  const double depth = double(s.P), weights = 4.0 * double(s.D * s.H) * depth;
-  const double multiply_adds = weights * double(ceil_div(s.B, columns) * columns);
-  const double bytes = weights * element_bytes(a);
-  const double work =
-      std::max({multiply_adds * kProductLoss / per_multiprocessor(product_rate(a), device),
-                bytes / (bytes <= kL2Size ? kL2AllBytes * kClock : kMemory), memory_us(s, a),
-                kShortestStep});
-  const double step = kNextLaunch + work + (backward ? kBackwardStep : 0);
-  return kSmallLaunch + double(s.T) * step * (s.projected ? 2 : 1);
+  const double hidden = double(s.D * s.H * s.P), rows = double(ceil_div(s.B, columns) * columns);
+  const double all_bytes = (s.projected ? 5 : 4) * hidden * element_bytes(a);
+  const auto launch_us = [&](double weights, double least) {
+    const double bytes = weights * element_bytes(a);
+    return kNextLaunch +
+           std::max({weights * rows * kProductLoss / per_multiprocessor(product_rate(a), device),
+                     bytes / (all_bytes <= kL2Size ? kL2AllBytes * kClock : kMemory), least,
+                     kShortestStep});
+  };
+  const double step = launch_us(4 * hidden, memory_us(s, a)) +
+                      (s.projected ? launch_us(hidden, 0) : 0) + (backward ? kBackwardStep : 0);
+  return kSmallLaunch + double(s.T) * step;
+}
+
+// What families with the projection folded into their weights need besides the recurrence, as the
+// header of ops_projection.h has it: products, what these and element-wise kernels move through memory,
+// and launches.
+constexpr double folding_us(const LayerShape& s, Arithmetic a, Family family, bool backward,
+                            const CudaDevice& device) {
+  const double D = double(s.D), H = double(s.H), P = double(s.P), rows = double(s.T * s.B) * D;
+  const double weights = 4 * D * H * P * H;  // w_hh w_hr
+  const double multiply_adds = weights + rows * P * (backward ? H + 4 * H : H);
+  // Forward m, y; backward dy, dm, dgates, its product in and out, dy, dh.
+  const double values = 4 * D * H * H + rows * (backward ? 5 * H + 5 * P : H + P);
+  const double launches = (backward ? 3 : 2) * D + 2 +
+                          (family == Family::rec_cta ? 2 : 0);  // others have h0's counted already
+  return launches * kSmallLaunch + values * element_bytes(a) / kMemory +
+         multiply_adds / per_multiprocessor(product_rate(a), device);
 }
 
 }  // namespace lstm_cuda::model
