@@ -72,7 +72,7 @@ def test_weights_are_packed_while_inputs_are_multiplied(family: str, device: Any
 
     # Weights that are packed already give the same, and nothing is beside.
     number = layout(family)
-    packed = ops.pack_weights([w_hh], number)
+    packed = ops.pack_weights([w_hh], [], number)
     before = forward(x, w_ih, w_hh, TF32[family], packed, number)
     assert_equal(beside, before)
     assert device.take_launches() == ["pack_forward", *product, kernel]

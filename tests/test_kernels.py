@@ -437,8 +437,8 @@ ONE_GROUP = CudaDevice(80, 40, 166912)  # at a time; and no clusters
         ("rec_cluster", 200, 0, "rec_cluster_backward", 0, H200, 3),
         ("rec_group", 300, 0, "rec_group_forward", 1, ONE_GROUP, 4),
         ("rec_group", 300, 0, "rec_group_backward", 1, ONE_GROUP, 5),
-        ("rec_cluster", 200, 60, "rec_", 0, H200, 8),
-        ("rec_group", 300, 60, "rec_group_forward", 1, ONE_GROUP, 9),
+        ("rec_cluster", 200, 60, "rec_", 0, H200, 12),
+        ("rec_group", 300, 60, "rec_group_forward", 1, ONE_GROUP, 13),
     ],
 )
 def test_nothing_is_left_of_a_family_that_was_refused(

@@ -186,7 +186,7 @@ def test_packed_weights_have_it_folded_in(machine: Machine) -> None:
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_refused_launch_leaves_nothing(direction: str, refusing: Any, machine: Machine) -> None:
     """Of h0's product above all, which stands in gates_x already."""
-    refusing.use_device(6 if direction == "forward" else 7)
+    refusing.use_device(10 if direction == "forward" else 11)
     refusing.refuse(f"rec_cta_{direction}")
     with machine.forced(""):
         accurate(dataclasses.replace(BUSY, T=20), machine, "f64")

@@ -125,7 +125,7 @@ def test_step_times_go_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_packing_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
-    def pack(w_hh: list[torch.Tensor], layout: int) -> torch.Tensor:
+    def pack(w_hh: list[torch.Tensor], w_hr: list[torch.Tensor], layout: int) -> torch.Tensor:
         asked.append((w_hh[0].shape, w_hh[0].dtype, layout))
         return w_hh[0]
 

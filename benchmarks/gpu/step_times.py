@@ -151,7 +151,7 @@ def packing_us(subject: Subject, device: Device, samples: int = 7) -> list[float
     layout = ops.packed_layout(x, 1, H, H, subject.precision.tf32)
 
     def pack() -> Tensor:
-        return ops.pack_weights([w_hh], layout)
+        return ops.pack_weights([w_hh], [], layout)
 
     device.clock.mean_ms(pack, 3)
     return [device.clock.mean_ms(pack, 3) * 1e3 for _ in range(samples)]
