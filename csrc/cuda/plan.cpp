@@ -146,7 +146,8 @@ void choose_tiles(CudaPlan& plan, const LayerShape& s, const CudaRequest& reques
   plan.resident = *resident_shape(plan.family, plan.arithmetic, s.H);
   const int most = most_tiles(plan.arithmetic, plan.resident);
   const auto wanted = [&](int tiles, int turns) {
-    return (!request.columns || request.columns == 8 * tiles) &&
+    return has_turns(plan.family, plan.resident, tiles, turns) &&
+           (!request.columns || request.columns == 8 * tiles) &&
            (!request.turns || request.turns == turns) &&
            device.shared_bytes >=
                resident_shared_bytes(plan.family, plan.arithmetic, plan.resident, tiles);
@@ -171,7 +172,7 @@ void choose_tiles(CudaPlan& plan, const LayerShape& s, const CudaRequest& reques
     plan.estimated_us = us;
   };
   for (int tiles = 1; tiles <= most; tiles *= 2)
-    for (int turns = 1; turns <= most_turns(plan.family, tiles); ++turns) consider(tiles, turns);
+    for (int turns : {1, 2}) consider(tiles, turns);
   plan.pack_beside =
       !request.backward && model::worth_packing_beside(s, plan.arithmetic, plan.resident.hidden);
 }

@@ -88,9 +88,12 @@ constexpr int most_tiles(Arithmetic arithmetic, const ResidentShape& shape) {
   return (shape.shared_forward > 0 ? 2 : 4) / (full ? 2 : parts_of(arithmetic));
 }
 
-// A cluster may step half of its tiles while h (backward: sums) of the others travels.
-constexpr int most_turns(Family family, int column_tiles) {
-  return family == Family::rec_cluster && column_tiles > 1 ? 2 : 1;
+// A cluster may step half of its tiles while h (backward: sums) of the others travels. It has to where
+// registers are too few for 32 batch rows at once.
+constexpr bool has_turns(Family family, const ResidentShape& shape, int column_tiles, int turns) {
+  const bool may = family == Family::rec_cluster && column_tiles > 1;
+  const bool must = may && shape.hidden >= 512 && column_tiles == 4;
+  return turns == 1 ? !must : turns == 2 && may;
 }
 
 // 32-bit words that the blocks of a group of rec_group exchange through: two slots, forward of h as

@@ -130,8 +130,10 @@ std::optional<Status> start_by_shape(const CudaPlan& plan, unsigned parts, Start
   const auto with_turns = [&]<ResidentShape shape, int tiles>() {
     if constexpr (tiles <= most_tiles(arithmetic, shape)) {
       if (plan.column_tiles != tiles) return;
-      if (plan.turns == 1) started = start.template operator()<arithmetic, shape, tiles, 1>(parts);
-      if constexpr (most_turns(family, tiles) == 2)
+      if constexpr (has_turns(family, shape, tiles, 1))
+        if (plan.turns == 1)
+          started = start.template operator()<arithmetic, shape, tiles, 1>(parts);
+      if constexpr (has_turns(family, shape, tiles, 2))
         if (plan.turns == 2)
           started = start.template operator()<arithmetic, shape, tiles / 2, 2>(parts);
     }

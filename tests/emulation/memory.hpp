@@ -61,6 +61,7 @@ class DeviceBuffer {
 
  private:
   void copy(void* to, const void* from) const {
+    if (count_ == 0) return;  // of nothing, there may be no pointers
 #if defined(LSTM_EMULATE)
     std::memcpy(to, from, bytes());
 #else
