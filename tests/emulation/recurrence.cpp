@@ -28,7 +28,7 @@ const Case kCases[] = {
 std::optional<Kernels> cta_kernels(Arithmetic arithmetic, const LayerShape& shape, const Case&) {
   const CudaPlan plan = plan_cuda(
       shape, {arithmetic == Arithmetic::tf32, true, int(Family::rec_cta), 0}, {90, 132, 232448});
-  if (!plan.possible) return {};
+  if (!plan.possible || plan.folds_projection) return {};  // folding is not the kernel's work
   return Kernels{[=](const RecurrenceForward& p) { return rec_cta_forward(p, plan, {}); },
                  [=](const RecurrenceBackward& p) { return rec_cta_backward(p, plan, {}); }, false};
 }
