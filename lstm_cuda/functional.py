@@ -195,10 +195,11 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def native_dtype(x: Tensor, hx: tuple[Tensor, Tensor] | None) -> torch.dtype | None:
-    """The dtype of c under autocast where torch steps through time: packed, projected, and cells.
+    """The dtype of c under autocast where torch steps through time.
 
-    On a CPU it autocasts the products alone there, and c keeps the wider dtype of those and of c_0.
-    None where autocast is off.
+    It does so for packed, projected and float16 input, and in cells. On a CPU it autocasts the
+    products alone there, and c keeps the wider dtype of those and of c_0. None where autocast is
+    off.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is None or x.device.type != "cpu":
@@ -342,9 +343,12 @@ def _bad_tensor(
     if t.device != x.device:
         return RuntimeError(f"{name} must be on the input's device, {x.device}; got {t.device}")
     if t.dtype != x.dtype:
+        hint = ", or use autocast"
+        if torch.float64 in (x.dtype, t.dtype):
+            hint = "; autocast leaves float64 as it is"
         return ValueError(
             f"{name} must have the input's dtype, {x.dtype}; got {t.dtype}. "
-            "Convert one to the other's, or use autocast."
+            f"Convert one to the other's{hint}."
         )
     return RuntimeError(f"{name} must be {list(shape)}{meaning}; got {list(t.shape)}")
 

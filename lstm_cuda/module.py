@@ -270,7 +270,8 @@ class FusedLSTM(nn.RNNBase):
             backend=self.backend,
             packed=self._packed,
         )
-        dtype = native_dtype(x, hx) if packed or self.proj_size > 0 else None
+        steps = packed or self.proj_size > 0 or x.dtype is torch.float16
+        dtype = native_dtype(x, hx) if steps else None
         if dtype is None:
             return result
         output, (h_n, c_n), *cells = result
@@ -332,7 +333,8 @@ class FusedLSTM(nn.RNNBase):
         # batch_sizes is.
         present = torch.arange(B) < batch_sizes[:, None]
         index = present.flatten().nonzero().squeeze(1).to(data.device)
-        x = data.new_zeros(T * B, data.shape[1]).index_copy(0, index, data).view(T, B, -1)
+        # In place: autocast casts the other form, and refuses a 16-bit dtype that is not its own.
+        x = data.new_zeros(T * B, data.shape[1]).index_copy_(0, index, data).view(T, B, -1)
         # What does not fit is left for fused_lstm to complain about.
         if hx is not None and all(t.dim() == 3 and t.shape[1] == B for t in check_pair(hx)):
             hx = self.permute_hidden(hx, order)

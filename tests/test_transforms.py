@@ -1,4 +1,4 @@
-"""FusedLSTM under torch.compile, export, torch.func, autocast, checkpointing, DDP."""
+"""FusedLSTM under torch.compile, export, torch.func, checkpointing, DDP."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import CUDA
-from helpers import assert_equal, close, error, pair
+from helpers import assert_equal, close, error
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from lstm_cuda import FusedLSTM, FusedLSTMCell
@@ -274,76 +273,6 @@ def test_checkpointing(reentrant: bool, device: str) -> None:
             y.sum().backward()
             results[-1].append(x.grad)
     assert_equal(*results)
-
-
-AUTOCAST = {
-    "plain": ({}, False),
-    "stack": ({"num_layers": 2, "bidirectional": True}, False),
-    "projected": ({"proj_size": 3}, False),
-    "packed": ({}, True),
-    "packed-projected": ({"proj_size": 3}, True),
-}
-
-
-@pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=["x32", "x16"])
-@pytest.mark.parametrize(
-    "c_dtype", [None, torch.float32, torch.bfloat16], ids=["nohx", "c32", "c16"]
-)
-@pytest.mark.parametrize("case", AUTOCAST)
-def test_autocast_gives_the_dtypes_of_torch(
-    case: str, c_dtype: torch.dtype | None, x_dtype: torch.dtype
-) -> None:
-    options, packed = AUTOCAST[case]
-    lstm, fused = pair(3, 4, **options)
-    x = torch.randn(5, 2, 3).to(x_dtype)
-    LD = lstm.num_layers * (2 if lstm.bidirectional else 1)
-    hx = None
-    if c_dtype is not None:
-        hx = (torch.randn(LD, 2, lstm.proj_size or 4), torch.randn(LD, 2, 4).to(c_dtype))
-    rows: Any = pack_padded_sequence(x, torch.tensor([5, 3])) if packed else x
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = fused(rows, hx), lstm(rows, hx)
-    if packed:
-        found, expected = (found[0].data, found[1]), (expected[0].data, expected[1])
-    for a, b in zip(everything(found), everything(expected), strict=True):
-        assert a.dtype == b.dtype
-        assert error(a.float(), b.float()) < 3e-2
-    everything(found)[0].float().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in fused.parameters())
-
-
-@pytest.mark.parametrize(
-    "c_dtype", [None, torch.float32, torch.bfloat16], ids=["nohx", "c32", "c16"]
-)
-def test_autocast_cell(c_dtype: torch.dtype | None) -> None:
-    theirs, ours = nn.LSTMCell(3, 4), FusedLSTMCell(3, 4)
-    ours.load_state_dict(theirs.state_dict())
-    hx = None if c_dtype is None else (torch.randn(2, 4), torch.randn(2, 4).to(c_dtype))
-    x = torch.randn(2, 3)
-    with torch.autocast("cpu", torch.bfloat16):
-        for a, b in zip(ours(x, hx), theirs(x, hx), strict=True):
-            assert a.dtype == b.dtype
-            assert error(a.float(), b.float()) < 3e-2
-
-
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_autocast_leaves_float64_alone(backend: str) -> None:
-    fused = FusedLSTM(3, 4, dtype=torch.float64, backend=backend)
-    x = torch.randn(5, 2, 3, dtype=torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = fused(x)[0]
-    assert y.dtype == torch.float64
-    close(y, fused(x)[0])
-
-
-def test_double_backward_under_autocast() -> None:
-    fused = FusedLSTM(3, 4)
-    x = torch.randn(5, 2, 3, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        (grad,) = torch.autograd.grad(fused(x)[0].float().pow(2).sum(), x, create_graph=True)
-        grad.pow(2).sum().backward()
-    assert x.grad is not None and torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
 
 
 def test_data_parallel_replicas_and_ddp(tmp_path: Any) -> None:
