@@ -1,6 +1,7 @@
 """The examples run, and what they claim is true."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,20 @@ from examples import cartpole_ppo, forecast, tagger
 ROOT = Path(forecast.__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["forecast", "cartpole_ppo", "tagger"])
-def test_runs_as_a_script_and_explains_itself(name: str) -> None:
-    command = [sys.executable, f"examples/{name}.py", "--help"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # for a package built in place
+def run(*arguments: str, **environment: str) -> str:
+    """What Python prints, run in the project's folder."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}  # for a build in place
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+        [sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "--seed" in result.stdout
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", ["forecast", "cartpole_ppo", "tagger", "train_ddp"])
+def test_runs_as_a_script_and_explains_itself(name: str) -> None:
+    assert "--seed" in run(f"examples/{name}.py", "--help")
 
 
 def test_forecast_windows_continue_each_other() -> None:
@@ -83,6 +89,21 @@ def test_cartpole_advantages_stop_at_the_end_of_an_episode() -> None:
     torch.testing.assert_close(advantages[2], rewards[2] - values[2])
     expected = cartpole_ppo.advantages_of(rewards[:3], values[:4], ended[:3])
     torch.testing.assert_close(advantages[:3], expected)
+
+
+def test_ddp_in_two_processes_learns_what_one_does() -> None:
+    script = ["examples/train_ddp.py", "--epochs", "1", "--hidden-size", "64", "--columns", "32"]
+    script += ["--modules", "heapq", "dataclasses"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for count, command in ((2, [*torchrun, *script]), (1, script)):
+        printed = run(*command, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+        line = re.search(rf"{count} processes: (\S+) bits per character, unigram (\S+)", printed)
+        assert line is not None, printed
+        found.append((float(line[1]), float(line[2])))
+    (two, unigram), (one, _) = found
+    assert abs(two - one) < 0.01
+    assert two < unigram - 0.2
 
 
 @pytest.mark.slow
