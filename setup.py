@@ -107,7 +107,8 @@ class BuildExtension(cpp_extension.BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         kind = "cuda" if with_cuda else "cpu"
-        self.build_temp = f"build/{sys.implementation.cache_tag}-{kind}"
+        # abiflags tells a free-threaded Python from another of its version.
+        self.build_temp = f"build/{sys.implementation.cache_tag}{sys.abiflags}-{kind}"
 
 
 setup(ext_modules=[extension(with_cuda)], cmdclass={"build_ext": BuildExtension})

@@ -132,7 +132,9 @@ int wavefront_chunks(int layers, int64_t T, int64_t B, int64_t H, int64_t P,
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// What these functions share is atomic or behind a lock, so a free-threaded Python needs no lock of
+// its own around them.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled part of lstm_cuda.";
   m.def("build_info", &build_info);
   m.def("cpu_capability", &lstm_cuda::cpu_capability);
