@@ -7,7 +7,7 @@ in_environment = "$(or $(PYTHON),python3)" .ci/environment.py $(if $(PYTHON),--o
 clang_format = -c 'import clang_format; clang_format.clang_format()'
 cpp_files = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.hpp')
 
-.PHONY: bench test packages lint kernels cuda-build gpu-check format clean
+.PHONY: bench test packages lint sanitize kernels cuda-build gpu-check format clean
 
 bench: ## measure against torch.nn.LSTM
 	@$(in_environment) bench -m benchmarks $(ARGS)
@@ -23,6 +23,9 @@ lint: ## what CI checks besides the tests
 	$(in_environment) dev -m ruff format --check .
 	$(in_environment) dev -m mypy
 	$(in_environment) dev $(clang_format) --dry-run --Werror $(cpp_files)
+
+sanitize: ## run the CPU kernels under the compiler's sanitizers
+	@$(in_environment) test tests/sanitize $(ARGS)
 
 kernels: ## compile the CUDA kernels for each architecture; needs nvcc, no GPU
 	@$(in_environment) dev .ci/check_kernels.py $(ARGS)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -106,3 +107,8 @@ def test_forked_processes_and_the_number_of_threads() -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[0] == "[0, 1] True"
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="Python has a GIL")
+def test_a_free_threaded_python_stays_free() -> None:
+    assert not sys._is_gil_enabled()  # importing a module that needs it would bring it back
