@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, reference
+from . import ops
 from .packed import PackedWeights
+from .recurrence import forward_mode
+from .second_order import Run
+
+W = TypeVar("W", Tensor, Tensor | None)
 
 
 def fused_layer(
@@ -37,22 +41,22 @@ def fused_layer(
         As ``reference.lstm_layer``; the last is meaningless unless ``cells``.
 
     Raises:
-        NotImplementedError: under vmap or forward-mode differentiation.
+        NotImplementedError: under vmap.
     """
     D = len(weights)
     # w_ih of each recurrence, then w_hh of each, and so on: the order of the op's lists.
     flat = weights[0] if D == 1 else [w for column in zip(*weights, strict=True) for w in column]
-    _refuse_transforms(x, flat, h0, c0)
     allow_tf32 = tf32_allowed(x.device.type, x.dtype)
-    if torch.is_grad_enabled() and _requires_grad(x, flat, h0, c0):
+    transformed = _transformed(x, flat, h0, c0)
+    recorded = torch.is_grad_enabled()
+    if transformed or (recorded and _requires_grad(x, flat, h0, c0)):
         if c0 is not None and c0 is h0:
             c0 = c0.view_as(c0)  # torch.compile refuses the same tensor twice
-        transformed = torch._C._are_functorch_transforms_active()
         function = _TransformedLayer if transformed else _Layer
         y, h_n, c_n, _, c = function.apply(
-            x, h0, c0, lengths, reset, reversed, cells, D, allow_tf32, *flat
+            x, h0, c0, lengths, reset, reversed, cells, D, allow_tf32, recorded, *flat
         )
-        return y, h_n, c_n, c
+        return y, h_n, c_n, c if cells else c.detach()
     w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
     kept = (None, 0) if packed is None else packed.find(x, w_hh, w_hr, allow_tf32)
     y, h_n, c_n, _, c = ops.layer_forward(
@@ -79,35 +83,21 @@ def _requires_grad(
     return any(w.requires_grad for w in weights)
 
 
-def _refuse_transforms(
+def _transformed(
     x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
-) -> None:
-    """Raise under the transforms that the op cannot follow.
-
-    Without this, forward-mode differentiation would be answered with zeros.
-    """
-    if forward_ad._current_level >= 0:
-        for t in (x, h0, c0, *weights):
-            if t is not None and forward_ad.unpack_dual(t).tangent is not None:
-                raise NotImplementedError(_unsupported("forward-mode differentiation"))
+) -> bool:
+    """Whether torch.func is at work, or forward-mode differentiation of one of these."""
     if torch._C._are_functorch_transforms_active():
-        for interpreter in torch._C._functorch.get_interpreter_stack() or ():
-            if interpreter.key() == torch._C._functorch.TransformType.Vmap:
-                raise NotImplementedError(_unsupported("torch.func.vmap"))
-            if interpreter.key() == torch._C._functorch.TransformType.Jvp:
-                raise NotImplementedError(_unsupported("forward-mode differentiation"))
-
-
-def _unsupported(transform: str) -> str:
-    return (
-        f"the fused LSTM does not support {transform} (and what is built on it) yet; "
-        'backend="torch" runs the differentiable reference, which does'
-    )
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    given = (t for t in (x, h0, c0, *weights) if t is not None)
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in given)
 
 
 def _by_kind(
-    flat: Sequence[Tensor], D: int
-) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    flat: Sequence[W], D: int
+) -> tuple[Sequence[W], Sequence[W], Sequence[W], Sequence[W]]:
     """w_ih, w_hh, biases and w_hr of D recurrences, from their flat list."""
     per = len(flat) // D  # 2 to 5: [w_ih, w_hh] + [b_ih, b_hh] + [w_hr]
     end = 4 * D if per >= 4 else 2 * D
@@ -115,9 +105,10 @@ def _by_kind(
 
 
 class _TransformedLayer(torch.autograd.Function):
-    """y, h_n, c_n, gates, c of a layer; gates, and c unless asked for, carry no gradient.
+    """y, h_n, c_n, gates, c of a layer, in the form that torch.func and forward mode ask for.
 
-    In the form that torch.func asks for.
+    Gates and c carry gradients, so that backward can be differentiated (``second_order``).
+    ``recorded``: backward may come; torch.func hides torch.no_grad from here.
     """
 
     @staticmethod
@@ -131,6 +122,7 @@ class _TransformedLayer(torch.autograd.Function):
         cells: bool,
         D: int,
         allow_tf32: bool,
+        recorded: bool,
         *flat: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
@@ -140,14 +132,7 @@ class _TransformedLayer(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, h0, c0, lengths, reset, ctx.reversed, cells, ctx.D, ctx.allow_tf32, *flat = inputs
-        y, _, _, gates, c = output
-        ctx.set_materialize_grads(False)  # an absent gradient stays absent, down to the kernel
-        if cells:
-            ctx.mark_non_differentiable(gates)
-        else:
-            ctx.mark_non_differentiable(gates, c)
-        ctx.save_for_backward(x, h0, c0, lengths, reset, y, gates, c, *flat)
+        ctx.save_for_forward(*_keep(ctx, inputs, output))
 
     @staticmethod
     def backward(
@@ -155,73 +140,89 @@ class _TransformedLayer(torch.autograd.Function):
         dy: Tensor | None,
         dh_n: Tensor | None,
         dc_n: Tensor | None,
-        _dgates: None,
+        dgates: Tensor | None,
         dc: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
+        if not ctx.recorded:
+            return (None,) * len(ctx.needs_input_grad)
         x, h0, c0, lengths, reset, y, gates, c, *flat = ctx.saved_tensors
-        needs_x, needs_h0, needs_c0, _, _, _, _, _, _, *needs_flat = ctx.needs_input_grad
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            return _differentiable_backward(ctx, dy, dh_n, dc_n, dc)
-        D = ctx.D
-        w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
-        dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = ops.layer_backward(
-            dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed,
-            y, gates, c, needs_x, any(needs_flat), ctx.allow_tf32,
-        )  # fmt: skip
+        needs_x, needs_h0, needs_c0, _, _, _, _, _, _, _, *needs_flat = ctx.needs_input_grad
+        w_ih, w_hh, bias, w_hr = _by_kind(flat, ctx.D)
+        if not torch.compiler.is_compiling() and _differentiable(dgates):
+            run = Run(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates, c)
+            grads = run.gradients(dy, dh_n, dc_n, dgates, dc, needs_x, any(needs_flat))
+        else:
+            grads = ops.layer_backward(
+                dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed,
+                y, gates, c, needs_x, any(needs_flat), ctx.allow_tf32,
+            )  # fmt: skip
+        dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = grads
         dflat: list[Tensor | None] = [None] * len(flat)
         if any(needs_flat):
             # Both biases have the same gradient, in storage of their own: optimizers write to it.
             parts = [dw_ih, dw_hh] + ([db, db.clone()] if bias else []) + ([dw_hr] if w_hr else [])
-            dflat = [part[d] for part in parts for d in range(D)]
+            dflat = [part[d] for part in parts for d in range(ctx.D)]
         return (
             dx if needs_x else None,
             dh0 if needs_h0 else None,
             dc0 if needs_c0 else None,
-            None, None, None, None, None, None,
+            None, None, None, None, None, None, None,
             *dflat,
         )  # fmt: skip
 
+    @staticmethod
+    def jvp(ctx: Any, *changes: Tensor | None) -> tuple[Tensor, ...]:
+        dx, dh0, dc0, _, _, _, _, _, _, _, *dflat = changes
+        with forward_mode(ctx) as (x, h0, c0, lengths, reset, y, gates, c, *flat):
+            w_ih, w_hh, _, w_hr = _by_kind(flat, ctx.D)
+            run = Run(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates, c)
+            return run.tangents(dx, dh0, dc0, *_by_kind(dflat, ctx.D))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        raise NotImplementedError(
+            "the fused LSTM does not support torch.func.vmap (and what is built on it) yet; "
+            'backend="torch" runs the differentiable reference, which does'
+        )
+
 
 class _Layer(torch.autograd.Function):
-    """The same outside torch.func, where ``apply`` need not bind arguments: that would cost more
-    than a small layer.
+    """The same for reverse mode alone, outside torch.func.
+
+    There ``apply`` need not bind arguments, which would cost more than a small layer, and
+    torch.compile, which refuses a rule for forward mode, can follow.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         outputs = _TransformedLayer.forward(*inputs)
-        _TransformedLayer.setup_context(ctx, inputs, outputs)
+        _keep(ctx, inputs, outputs)
+        if torch.compiler.is_compiling():  # backward cannot be differentiated there
+            _, _, _, gates, c = outputs
+            cells = inputs[6]
+            if cells:
+                ctx.mark_non_differentiable(gates)
+            else:
+                ctx.mark_non_differentiable(gates, c)
         return outputs
 
     backward = staticmethod(_TransformedLayer.backward)
 
 
-def _differentiable_backward(
-    ctx: Any,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc: Tensor | None,
+def _differentiable(dgates: Tensor | None) -> bool:
+    """Whether backward must be differentiable, or continues one that was."""
+    if dgates is not None or torch.is_grad_enabled():
+        return True
+    return torch._C._are_functorch_transforms_active()
+
+
+def _keep(
+    ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients as differentiable functions: those of the layer recomputed by the reference."""
-    x, h0, c0, lengths, reset, _, _, _, *flat = ctx.saved_tensors
-    inputs = [x, h0, c0, *flat]
-    needs = ctx.needs_input_grad[:3] + ctx.needs_input_grad[9:]
-    wanted = [k for k, need in enumerate(needs) if need]
-    present = [k for k, grad in enumerate((dy, dh_n, dc_n, dc)) if grad is not None]
-
-    def layer(*differentiated: Tensor) -> tuple[Tensor, ...]:
-        given = list(inputs)
-        for k, t in zip(wanted, differentiated, strict=True):
-            given[k] = t
-        x, h0, c0, *flat = given
-        rows = [flat[d :: ctx.D] for d in range(ctx.D)]
-        outputs = reference.lstm_layer(x, rows, h0, c0, lengths, reset, ctx.reversed)
-        return tuple(outputs[k] for k in present)
-
-    pull_back = torch.func.vjp(layer, *(inputs[k] for k in wanted))[1]
-    grads: list[Tensor | None] = [None] * len(inputs)
-    cotangents = (grad for grad in (dy, dh_n, dc_n, dc) if grad is not None)
-    for k, grad in zip(wanted, pull_back(tuple(cotangents)), strict=True):
-        grads[k] = grad
-    return (*grads[:3], None, None, None, None, None, None, *grads[3:])
+    """Keep in ctx what derivatives need; the tensors among it are returned."""
+    x, h0, c0, lengths, reset, ctx.reversed, _, ctx.D, ctx.allow_tf32, ctx.recorded, *flat = inputs
+    y, _, _, gates, c = outputs
+    ctx.set_materialize_grads(False)  # an absent gradient stays absent, down to the kernel
+    saved = x, h0, c0, lengths, reset, y, gates, c, *flat
+    ctx.save_for_backward(*saved)
+    return saved

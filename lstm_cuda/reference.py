@@ -1,7 +1,7 @@
 """The specification: one LSTM layer with every option, in plain differentiable torch.
 
-Nothing here is meant to be fast. In float64 it is the truth that every kernel is tested against, it
-is what ``backend="torch"`` runs, and what double backward differentiates through.
+Nothing here is meant to be fast. In float64 it is the truth that every kernel is tested against,
+and it is what ``backend="torch"`` runs.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def lstm_layer(
         valid = torch.arange(T, device=x.device)[:, None] < lengths.clamp(0, T)
         # What stands past a row's length, NaN included, stays out of every product.
         x = torch.where(valid[:, :, None], x, 0)
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         results = [
             _recurrence(
                 x.to(compute),
@@ -300,7 +300,7 @@ def _zoneout(p: float, shape: tuple[int, int, int], like: Tensor, training: bool
     return torch.bernoulli(like.new_full(shape, p)) if training else like.new_full(shape, p)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """The dtypes in here are chosen; autocast would choose again."""
     if device_type == "meta":  # has no autocast
         return nullcontext()
