@@ -128,16 +128,58 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   return {dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr};
 }
 
+std::tuple<Tensor, Tensor, Tensor> changes(bool transposed, const OptionalTensor& source_z,
+                                           const OptionalTensor& source_c,
+                                           const OptionalTensor& source_m, const Tensor& K,
+                                           const Tensor& F, const Tensor& R, const Tensor& W,
+                                           const OptionalTensor& fresh) {
+  STD_TORCH_CHECK(F.dim() == 4, "F must be [T, D, B, H]; got ", text(sizes_of(F)));
+  const ScalarType type = F.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float,
+                  "F must be float64 or float32");
+  const int64_t T = F.size(0), D = F.size(1), B = F.size(2), H = F.size(3);
+  const Sizes wide{T, D, B, 4 * H}, narrow{T, D, B, H};
+  const OptionalTensor s_z = checked("source_z", source_z, wide, type, F),
+                       s_c = checked("source_c", source_c, narrow, type, F),
+                       s_m = checked("source_m", source_m, narrow, type, F),
+                       cut = checked("fresh", fresh, {T, D, B, 1}, ScalarType::Bool, F);
+  const Tensor k = checked("K", K, wide, type, F), f = checked("F", F, narrow, type, F),
+               r = checked("R", R, narrow, type, F), w = checked("W", W, {D, 4 * H, H}, type, F);
+  const Tensor z = empty(wide, type, F), c = empty(narrow, type, F), m = empty(narrow, type, F);
+
+  LinearRecurrence p{T, D, B, H, transposed};
+  p.source_z = pointer(s_z);
+  p.source_c = pointer(s_c);
+  p.source_m = pointer(s_m);
+  p.K = k.data_ptr();
+  p.F = f.data_ptr();
+  p.R = r.data_ptr();
+  p.W = w.data_ptr();
+  p.fresh = pointer<const uint8_t*>(cut);
+  p.z = z.data_ptr();
+  p.c = c.data_ptr();
+  p.m = m.data_ptr();
+  if (T * B * D * H > 0) {
+    const auto run =
+        cpu_kernels()[type == ScalarType::Double ? Dtype::float64 : Dtype::float32].changes;
+    const Tensor scratch = empty({run(p, torch_threads(), nullptr)}, ScalarType::Byte, F);
+    run(p, torch_threads(), scratch.data_ptr());
+  }
+  return {z, c, m};
+}
+
 }  // namespace
 }  // namespace lstm_cuda
 
 STABLE_TORCH_LIBRARY(lstm_cuda, m) {
   m.def(lstm_cuda::kForwardSchema);
   m.def(lstm_cuda::kBackwardSchema);
+  m.def(lstm_cuda::kChangesSchema);
   m.def(lstm_cuda::kPackSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lstm_cuda, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&lstm_cuda::layer_forward));
   m.impl("layer_backward", TORCH_BOX(&lstm_cuda::layer_backward));
+  m.impl("changes", TORCH_BOX(&lstm_cuda::changes));
 }

@@ -36,6 +36,11 @@ inline constexpr const char* kBackwardSchema =
     "int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, bool allow_tf32) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr)";
 
+// The recurrence of the derivatives of a layer, or its transpose (lstm_cuda/recurrence.py).
+inline constexpr const char* kChangesSchema =
+    "changes(bool transposed, Tensor? source_z, Tensor? source_c, Tensor? source_m, Tensor K, "
+    "Tensor F, Tensor R, Tensor W, Tensor? fresh) -> (Tensor z, Tensor c, Tensor m)";
+
 // w_hh as a call of layer_forward whose plan has this layout would pack it, with w_hr (which may be
 // empty) folded into it.
 inline constexpr const char* kPackSchema =

@@ -75,4 +75,22 @@ struct LayerBackward {
   void* dw_hr;       // [D, P, H] if projected
 };
 
+// The recurrence of lstm_cuda/recurrence.py, which also says what the letters mean. Transposed, z, c
+// and m are dz, dc and dm. All in the compute type.
+struct LinearRecurrence {
+  int64_t T, D, B, H;
+  bool transposed;
+  const void* source_z;  // [T, D, B, 4H]; each source may be null (zeros)
+  const void* source_c;  // [T, D, B, H]
+  const void* source_m;  // [T, D, B, H]
+  const void* K;         // [T, D, B, 4H]
+  const void* F;         // [T, D, B, H]
+  const void* R;         // [T, D, B, H]
+  const void* W;         // [D, 4H, H]
+  const uint8_t* fresh;  // [T, D, B], 0 or 1, or null (never)
+  void* z;               // [T, D, B, 4H]
+  void* c;               // [T, D, B, H]
+  void* m;               // [T, D, B, H]
+};
+
 }  // namespace lstm_cuda

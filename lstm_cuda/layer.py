@@ -149,6 +149,10 @@ class _TransformedLayer(torch.autograd.Function):
         needs_x, needs_h0, needs_c0, _, _, _, _, _, _, _, *needs_flat = ctx.needs_input_grad
         w_ih, w_hh, bias, w_hr = _by_kind(flat, ctx.D)
         if not torch.compiler.is_compiling() and _differentiable(dgates):
+            if torch.is_grad_enabled():
+                asked = _asked_for(ctx, (x, h0, c0, lengths, reset, *flat))
+                needs_x = needs_x and asked[0]
+                needs_flat = [n and a for n, a in zip(needs_flat, asked[5:], strict=True)]
             run = Run(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates, c)
             grads = run.gradients(dy, dh_n, dc_n, dgates, dc, needs_x, any(needs_flat))
         else:
@@ -207,6 +211,23 @@ class _Layer(torch.autograd.Function):
         return outputs
 
     backward = staticmethod(_TransformedLayer.backward)
+
+
+def _asked_for(ctx: Any, inputs: Sequence[Tensor | None]) -> list[bool]:
+    """Of which inputs this backward is asked for gradients: ``torch.autograd.grad`` names them.
+
+    ``ctx.needs_input_grad`` only tells which can have one. Here the products for others would be
+    made, and recorded, in vain.
+    """
+    nodes = iter(ctx.next_functions)  # of those inputs that are tensors
+    return [t is not None and _will_be_executed(next(nodes)[0]) for t in inputs]
+
+
+def _will_be_executed(node: Any) -> bool:
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # its answer for a leaf that is asked for
+        return True
 
 
 def _differentiable(dgates: Tensor | None) -> bool:

@@ -324,6 +324,27 @@ def layer_backward(
     return result
 
 
+def changes(
+    transposed: bool,
+    source_z: Tensor | None,
+    source_c: Tensor | None,
+    source_m: Tensor | None,
+    K: Tensor,
+    F: Tensor,
+    R: Tensor,
+    W: Tensor,
+    fresh: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``recurrence.tangents`` or, transposed, ``recurrence.adjoints``, on CPUs.
+
+    All in F's dtype, float64 or float32.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _changes(
+        transposed, source_z, source_c, source_m, K, F, R, W, fresh
+    )
+    return result
+
+
 def _outside_autocast(op: Any, device_type: str, *arguments: Any) -> Any:
     """Call an op whose own products autocast must leave alone: dtypes are settled before it."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -411,11 +432,27 @@ def _layer_backward_fake(
     )
 
 
+def _changes_fake(
+    transposed: bool,
+    source_z: Tensor | None,
+    source_c: Tensor | None,
+    source_m: Tensor | None,
+    K: Tensor,
+    F: Tensor,
+    R: Tensor,
+    W: Tensor,
+    fresh: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return K.new_empty(K.shape), F.new_empty(F.shape), F.new_empty(F.shape)
+
+
 if load_error is None:
     _force_kernel("LSTM_CUDA_KERNEL", os.environ.get("LSTM_CUDA_KERNEL", ""))
     # Looked up once: the three lookups by name cost as much as a check of all arguments.
     _forward = torch.ops.lstm_cuda.layer_forward.default
     _backward = torch.ops.lstm_cuda.layer_backward.default
     _pack = torch.ops.lstm_cuda.pack_weights.default
+    _changes = torch.ops.lstm_cuda.changes.default
     torch.library.register_fake("lstm_cuda::layer_forward", _layer_forward_fake)
     torch.library.register_fake("lstm_cuda::layer_backward", _layer_backward_fake)
+    torch.library.register_fake("lstm_cuda::changes", _changes_fake)

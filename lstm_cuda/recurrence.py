@@ -34,6 +34,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
+from . import ops
+
 States = tuple[Tensor, Tensor, Tensor]
 
 
@@ -76,7 +78,8 @@ def product(a: Tensor, w: Tensor) -> Tensor:
 
 def outer_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over t and b of those of a [T, D, B, m] and b [T, D, B, n], in dtype: [D, m, n]."""
-    return torch.einsum("tdbm,tdbn->dmn", a.to(dtype), b.to(dtype))
+    rows = (t.to(dtype).transpose(0, 1).flatten(1, 2) for t in (a, b))
+    return torch.bmm(next(rows).transpose(1, 2), next(rows))
 
 
 def before(states: Tensor, fresh: Tensor | None) -> Tensor:
@@ -127,29 +130,9 @@ class _Tangents(torch.autograd.Function):
         fresh: Tensor | None,
         recorded: bool,
     ) -> States:
-        T, H = F.shape[0], F.shape[3]
-        w = W.transpose(1, 2)
-        a_zs, a_cs, a_ms, cuts = (_steps(t, T) for t in (a_z, a_c, a_m, fresh))
-        K_is, K_fs, K_gs, K_os = (part.unbind(0) for part in K.split(H, 3))
-        Fs, Rs = F.unbind(0), R.unbind(0)
-        zs: list[Tensor] = []
-        cs: list[Tensor] = []
-        ms: list[Tensor] = []
-        for t in range(T):
-            z = a_zs[t]
-            if t > 0:
-                z = _add_product(z, _cut(ms[-1], cuts[t]), w)
-            elif z is None:
-                z = torch.zeros_like(K[0])
-            z_i, z_f, z_g, z_o = z.split(H, 2)
-            c = _add_scaled(a_cs[t], K_is[t], z_i).addcmul(K_fs[t], z_f).addcmul(K_gs[t], z_g)
-            if t > 0:
-                c = c.addcmul(Fs[t], _cut(cs[-1], cuts[t]))
-            m = _add_scaled(a_ms[t], Rs[t], c).addcmul(K_os[t], z_o)
-            zs.append(z)
-            cs.append(c)
-            ms.append(m)
-        return _stack(zs, K), _stack(cs, F), _stack(ms, F)
+        if K.device.type == "cpu":
+            return ops.changes(False, a_z, a_c, a_m, K, F, R, W.to(F.dtype), fresh)
+        return _tangent_steps(a_z, a_c, a_m, K, F, R, W, fresh)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: States) -> None:
@@ -199,25 +182,9 @@ class _Adjoints(torch.autograd.Function):
         fresh: Tensor | None,
         recorded: bool,
     ) -> States:
-        T = F.shape[0]
-        b_zs, b_cs, b_ms, cuts = (_steps(t, T) for t in (b_z, b_c, b_m, fresh))
-        Ks, Fs, Rs = K.unbind(0), F.unbind(0), R.unbind(0)
-        dzs: list[Tensor] = []
-        dcs: list[Tensor] = []
-        dms: list[Tensor] = []
-        for t in reversed(range(T)):
-            dm, dc = b_ms[t], b_cs[t]
-            if t + 1 < T:
-                dm = _add_product(dm, _cut(dzs[-1], cuts[t + 1]), W)
-                dc = _add_scaled(dc, Fs[t + 1], _cut(dcs[-1], cuts[t + 1]))
-            elif dm is None:
-                dm = torch.zeros_like(Rs[t])
-            dc = _add_scaled(dc, Rs[t], dm)
-            dz = _add_scaled(b_zs[t], Ks[t], torch.cat((dc, dc, dc, dm), 2))
-            dzs.append(dz)
-            dcs.append(dc)
-            dms.append(dm)
-        return _stack(dzs[::-1], K), _stack(dcs[::-1], F), _stack(dms[::-1], F)
+        if K.device.type == "cpu":
+            return ops.changes(True, b_z, b_c, b_m, K, F, R, W.to(F.dtype), fresh)
+        return _adjoint_steps(b_z, b_c, b_m, K, F, R, W, fresh)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: States) -> None:
@@ -306,6 +273,74 @@ def _folded(
 def _cut(states: Tensor, fresh: Tensor | None) -> Tensor:
     """Zeros where fresh; a product would keep a NaN."""
     return states if fresh is None else states.masked_fill(fresh, 0)
+
+
+def _tangent_steps(
+    a_z: Tensor | None,
+    a_c: Tensor | None,
+    a_m: Tensor | None,
+    K: Tensor,
+    F: Tensor,
+    R: Tensor,
+    W: Tensor,
+    fresh: Tensor | None,
+) -> States:
+    """``tangents`` by torch's ops, for devices without a kernel."""
+    T, H = F.shape[0], F.shape[3]
+    w = W.transpose(1, 2)
+    a_zs, a_cs, a_ms, cuts = (_steps(t, T) for t in (a_z, a_c, a_m, fresh))
+    K_is, K_fs, K_gs, K_os = (part.unbind(0) for part in K.split(H, 3))
+    Fs, Rs = F.unbind(0), R.unbind(0)
+    zs: list[Tensor] = []
+    cs: list[Tensor] = []
+    ms: list[Tensor] = []
+    for t in range(T):
+        z = a_zs[t]
+        if t > 0:
+            z = _add_product(z, _cut(ms[-1], cuts[t]), w)
+        elif z is None:
+            z = torch.zeros_like(K[0])
+        z_i, z_f, z_g, z_o = z.split(H, 2)
+        c = _add_scaled(a_cs[t], K_is[t], z_i).addcmul(K_fs[t], z_f).addcmul(K_gs[t], z_g)
+        if t > 0:
+            c = c.addcmul(Fs[t], _cut(cs[-1], cuts[t]))
+        m = _add_scaled(a_ms[t], Rs[t], c).addcmul(K_os[t], z_o)
+        zs.append(z)
+        cs.append(c)
+        ms.append(m)
+    return _stack(zs, K), _stack(cs, F), _stack(ms, F)
+
+
+def _adjoint_steps(
+    b_z: Tensor | None,
+    b_c: Tensor | None,
+    b_m: Tensor | None,
+    K: Tensor,
+    F: Tensor,
+    R: Tensor,
+    W: Tensor,
+    fresh: Tensor | None,
+) -> States:
+    """``adjoints``, likewise."""
+    T = F.shape[0]
+    b_zs, b_cs, b_ms, cuts = (_steps(t, T) for t in (b_z, b_c, b_m, fresh))
+    Ks, Fs, Rs = K.unbind(0), F.unbind(0), R.unbind(0)
+    dzs: list[Tensor] = []
+    dcs: list[Tensor] = []
+    dms: list[Tensor] = []
+    for t in reversed(range(T)):
+        dm, dc = b_ms[t], b_cs[t]
+        if t + 1 < T:
+            dm = _add_product(dm, _cut(dzs[-1], cuts[t + 1]), W)
+            dc = _add_scaled(dc, Fs[t + 1], _cut(dcs[-1], cuts[t + 1]))
+        elif dm is None:
+            dm = torch.zeros_like(Rs[t])
+        dc = _add_scaled(dc, Rs[t], dm)
+        dz = _add_scaled(b_zs[t], Ks[t], torch.cat((dc, dc, dc, dm), 2))
+        dzs.append(dz)
+        dcs.append(dc)
+        dms.append(dm)
+    return _stack(dzs[::-1], K), _stack(dcs[::-1], F), _stack(dms[::-1], F)
 
 
 def _steps(t: Tensor | None, T: int) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ class Run:
             D = len(w_hh)
             self._steps = steps = _Steps(x, D, lengths, reset, reversed)
             self._x = x if steps.valid is None else torch.where(steps.valid[:, 0], x, 0)
-            self._w_ih, self._w_hh = torch.stack(tuple(w_ih)), torch.stack(tuple(w_hh))
+            self._w_ih, self._w_hh = torch.cat(tuple(w_ih)), torch.stack(tuple(w_hh))
             self._w_hr = torch.stack(tuple(w_hr)) if w_hr else None
             W = self._w_hh if self._w_hr is None else self._w_hh @ self._w_hr
 
@@ -96,11 +96,12 @@ class Run:
             dh0 = steps.at_start(dh_first, dh_n)
             dc0 = steps.at_start(F[:1] * dcells[:1], dc_n)
             dx = dw_ih = dw_hh = db = dw_hr = dz.new_empty(0)
-            dz_x = steps.restore(dz).to(self._dtype)
+            dz_x = steps.restore(dz).flatten(2).to(self._dtype)
             if need_dx:
-                dx = torch.einsum("tbdg,dgi->tbi", dz_x, self._w_ih)
+                dx = dz_x @ self._w_ih
             if need_dw:
-                dw_ih = torch.einsum("tbdg,tbi->dgi", dz_x, self._x)
+                dw_ih = dz_x.flatten(0, 1).t() @ self._x.flatten(0, 1)
+                dw_ih = dw_ih.unflatten(0, (steps.D, -1))
                 dw_hh = outer_products(dz, self._h_before, self._dtype)
                 db = dz.sum((0, 2)).to(self._dtype)
                 if self._w_hr is not None:
@@ -129,9 +130,9 @@ class Run:
         with without_autocast(self._x.device.type):
             inputs: Maybe = None
             if x is not None:
-                inputs = torch.einsum("tbi,dgi->tbdg", x, self._w_ih)
+                inputs = (x @ self._w_ih.t()).unflatten(2, (steps.D, -1))
             if (d_ih := _stack(w_ih)) is not None:
-                inputs = add(inputs, torch.einsum("tbi,dgi->tbdg", self._x, d_ih))
+                inputs = add(inputs, (self._x @ d_ih.flatten(0, 1).t()).unflatten(2, (steps.D, -1)))
             for part in (bias[: steps.D], bias[steps.D :]):
                 if (d_b := _stack(part)) is not None:
                     inputs = add(inputs, d_b.expand_as(gates))

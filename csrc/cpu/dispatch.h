@@ -14,6 +14,7 @@ struct CpuKernels {
   struct Entry {
     int64_t (*forward)(const LayerForward&, const CpuPlan&, const Parallel&, void* block);
     int64_t (*backward)(const LayerBackward&, const CpuPlan&, const Parallel&, void* block);
+    int64_t (*changes)(const LinearRecurrence&, const Parallel&, void* block);
   };
   Entry by_dtype[4];  // in the order of Dtype
 
