@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lstm_cuda import FusedLSTM
 
 from .timing import Call
-from .variants import VARIANTS, Boundaries, Forward, Variant
+from .variants import VARIANTS, Boundaries, Forward, Variant, gradient_penalty
 from .workloads import DTYPES, Workload
 
 BUFFERS = 4  # inputs in turn, so that not one input stays in the cache
@@ -101,7 +101,9 @@ class Case:
             x.grad = None
             lstm.zero_grad(set_to_none=True)
             y, _ = forward(lstm, x, self.boundaries)
-            if self.workload.last_step_only:
+            if self.workload.gradient_penalty:
+                gradient_penalty(x, y).backward()
+            elif self.workload.last_step_only:
                 y[-1].backward(dy[-1])
             else:
                 y.backward(dy)

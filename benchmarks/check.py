@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .cases import Case
-from .variants import Forward
+from .variants import Forward, gradient_penalty
 
 BOUNDS = {
     # Largest relative error, and what is granted beyond twice nn.LSTM's own error in the dtype.
@@ -85,4 +85,9 @@ def _tensors(case: Case, lstm: nn.Module, forward: Forward) -> dict[str, Tensor]
     for name, tensor in [("x", x), *lstm.named_parameters()]:
         assert tensor.grad is not None, f"no gradient reached {name}"
         result[f"d{name}"] = tensor.grad
+    if case.workload.gradient_penalty:
+        y, _ = forward(lstm, x, case.boundaries)
+        names, tensors = zip(*lstm.named_parameters(), strict=True)
+        found = torch.autograd.grad(gradient_penalty(x, y), tensors)
+        result |= {f"penalty d{name}": grad for name, grad in zip(names, found, strict=True)}
     return result

@@ -42,6 +42,18 @@ def dense(lstm: nn.Module, x: Tensor, boundaries: Boundaries) -> Result:
     return lstm(x)
 
 
+def without_libraries(lstm: nn.Module, x: Tensor, boundaries: Boundaries) -> Result:
+    """nn.LSTM in torch's own ops, as only those can be differentiated twice."""
+    with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+        return lstm(x)
+
+
+def gradient_penalty(x: Tensor, y: Tensor) -> Tensor:
+    """That of WGAN-GP (Gulrajani et al. 2017), with the mean of y as the score of each row."""
+    (dx,) = torch.autograd.grad(y.mean((0, 2)).sum(), x, create_graph=True)
+    return (dx.norm(dim=(0, 2)) - 1).pow(2).mean()
+
+
 def packed(lstm: nn.Module, x: Tensor, boundaries: Boundaries) -> Result:
     """nn.LSTM over rows of several lengths: pack, run, pad."""
     sequence = pack_padded_sequence(x, boundaries.lengths, enforce_sorted=False)
@@ -102,6 +114,7 @@ class Variant:
 
 VARIANTS = {
     "dense": Variant(dense, dense, "nn.LSTM"),
+    "penalty": Variant(without_libraries, dense, "nn.LSTM in torch's ops"),
     "lengths": Variant(packed, with_lengths, "pack, nn.LSTM, pad"),
     "reset": Variant(step_loop, with_reset, "nn.LSTM in a loop"),
     "stream": Variant(streamed, streamed, "nn.LSTM"),

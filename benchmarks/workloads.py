@@ -20,6 +20,7 @@ GROUPS = {
     "lengths": "lengths uniform in [T/2, T]: `lengths=` against pack, nn.LSTM, pad",
     "reset": "2 % of the steps begin a new episode: `reset=` against a loop over time",
     "stream": "one call per step with carried state, as in live audio (time of all T calls)",
+    "penalty": "training on a gradient penalty (WGAN-GP), which oneDNN and cuDNN cannot do",
     "cost": "what `lengths=` and `reset=` cost over the same FusedLSTM call without them",
 }
 
@@ -34,6 +35,7 @@ class Workload:
         variant: a key of `variants.VARIANTS`.
         modes: "inference" and "training" (forward and backward), or one of them.
         last_step_only: the loss sees only the last step's output.
+        gradient_penalty: the loss is `variants.gradient_penalty`.
         dtype: overrides the `--dtype` of the run.
         quick: part of a `--quick` run.
         proj_size: size of the output if it is projected, else 0.
@@ -50,6 +52,7 @@ class Workload:
     variant: str = "dense"
     modes: tuple[str, ...] = ("inference", "training")
     last_step_only: bool = False
+    gradient_penalty: bool = False
     dtype: str | None = None
     quick: bool = False
     proj_size: int = 0
@@ -178,6 +181,25 @@ def _half() -> list[Workload]:
     ]
 
 
+def _penalty() -> list[Workload]:
+    rows = [(16, 32, 64, True), (4, 64, 128, False), (16, 128, 128, False), (8, 256, 64, False)]
+    return [
+        Workload(
+            f"penalty-B{batch}-H{hidden}-T{steps}",
+            "penalty",
+            steps,
+            batch,
+            hidden,
+            hidden,
+            variant="penalty",
+            modes=("training",),
+            gradient_penalty=True,
+            quick=quick,
+        )
+        for batch, hidden, steps, quick in rows
+    ]
+
+
 def _variants() -> list[Workload]:
     bi: dict[str, Any] = {"bidirectional": True}
     infer: dict[str, Any] = {"modes": ("inference",)}
@@ -209,7 +231,7 @@ def _variants() -> list[Workload]:
     ]
 
 
-WORKLOADS = (*_users(), *_square(), *_last(), *_half(), *_variants())
+WORKLOADS = (*_users(), *_square(), *_last(), *_half(), *_penalty(), *_variants())
 
 
 def select(names: Iterable[str], quick: bool) -> list[Workload]:
