@@ -23,16 +23,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
+using OptionalTensors = std::optional<Tensors>;
 using Sizes = std::vector<int64_t>;
 
+// A list that may be absent is optional, not empty: AOTInductor cannot pass an empty list of tensors.
 inline constexpr const char* kForwardSchema =
-    "layer_forward(Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[] bias, Tensor[] w_hr, "
+    "layer_forward(Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? bias, Tensor[]? w_hr, "
     "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int reversed, bool save, bool cells, "
     "bool allow_tf32, Tensor? packed=None, int packed_layout=0) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)";
 inline constexpr const char* kBackwardSchema =
     "layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor[] w_ih, "
-    "Tensor[] w_hh, Tensor[] w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
+    "Tensor[] w_hh, Tensor[]? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
     "int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, bool allow_tf32) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr)";
 

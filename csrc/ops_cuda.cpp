@@ -304,10 +304,12 @@ void fill(Problem& p, const Inputs& in) {
 }
 
 ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors& w_hh,
-                            const Tensors& bias, const Tensors& w_hr, const OptionalTensor& h0,
+                            const OptionalTensors& bias_or_none,
+                            const OptionalTensors& w_hr_or_none, const OptionalTensor& h0,
                             const OptionalTensor& c0, const OptionalTensor& lengths,
                             const OptionalTensor& reset, int64_t reversed, bool save, bool cells,
                             bool allow_tf32, const OptionalTensor& packed, int64_t layout) {
+  const Tensors bias = bias_or_none.value_or(Tensors{}), w_hr = w_hr_or_none.value_or(Tensors{});
   const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
   const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
   const ScalarType compute = compute_type(in.type);
@@ -345,11 +347,13 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
 
 BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
                               const OptionalTensor& dc_n, const OptionalTensor& dc, const Tensor& x,
-                              const Tensors& w_ih, const Tensors& w_hh, const Tensors& w_hr,
-                              const OptionalTensor& h0, const OptionalTensor& c0,
-                              const OptionalTensor& lengths, const OptionalTensor& reset,
-                              int64_t reversed, const Tensor& y, const Tensor& gates,
-                              const Tensor& c, bool need_dx, bool need_dw, bool allow_tf32) {
+                              const Tensors& w_ih, const Tensors& w_hh,
+                              const OptionalTensors& w_hr_or_none, const OptionalTensor& h0,
+                              const OptionalTensor& c0, const OptionalTensor& lengths,
+                              const OptionalTensor& reset, int64_t reversed, const Tensor& y,
+                              const Tensor& gates, const Tensor& c, bool need_dx, bool need_dw,
+                              bool allow_tf32) {
+  const Tensors w_hr = w_hr_or_none.value_or(Tensors{});
   const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
   const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
   const Gradients grads(in, dy, dh_n, dc_n, dc, y, gates, c, in.type);

@@ -30,7 +30,7 @@ def fused_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``reference.lstm_layer`` with the plain cell, on the fused op.
 
-    Nothing is saved for backward unless a gradient can be asked for.
+    Nothing is saved for backward unless a gradient can be asked for, and nothing while exporting.
 
     Args:
         x ... reversed: as for ``reference.lstm_layer``.
@@ -48,7 +48,8 @@ def fused_layer(
     flat = weights[0] if D == 1 else [w for column in zip(*weights, strict=True) for w in column]
     allow_tf32 = tf32_allowed(x.device.type, x.dtype)
     transformed = _transformed(x, flat, h0, c0)
-    recorded = torch.is_grad_enabled()
+    # What is exported is for inference. is_exporting() is True in all that torch 2.11 traces.
+    recorded = torch.is_grad_enabled() and not torch.compiler._is_exporting_flag
     if transformed or (recorded and _requires_grad(x, flat, h0, c0)):
         if c0 is not None and c0 is h0:
             c0 = c0.view_as(c0)  # torch.compile refuses the same tensor twice

@@ -273,8 +273,8 @@ def layer_forward(
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _outside_autocast(
         _forward, x.device.type,
-        x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, save, cells, allow_tf32,
-        packed, packed_layout,
+        x, w_ih, w_hh, bias or None, w_hr or None, h0, c0, lengths, reset, reversed, save, cells,
+        allow_tf32, packed, packed_layout,
     )  # fmt: skip
     return result
 
@@ -318,8 +318,8 @@ def layer_backward(
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _outside_autocast(
         _backward, x.device.type,
-        dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed, y, gates, c,
-        need_dx, need_dw, allow_tf32,
+        dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr or None, h0, c0, lengths, reset, reversed, y,
+        gates, c, need_dx, need_dw, allow_tf32,
     )  # fmt: skip
     return result
 
@@ -375,8 +375,8 @@ def _layer_forward_fake(
     x: Tensor,
     w_ih: Sequence[Tensor],
     w_hh: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    w_hr: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    w_hr: Sequence[Tensor] | None,
     h0: Tensor | None,
     c0: Tensor | None,
     lengths: Tensor | None,
@@ -406,7 +406,7 @@ def _layer_backward_fake(
     x: Tensor,
     w_ih: Sequence[Tensor],
     w_hh: Sequence[Tensor],
-    w_hr: Sequence[Tensor],
+    w_hr: Sequence[Tensor] | None,
     h0: Tensor | None,
     c0: Tensor | None,
     lengths: Tensor | None,
