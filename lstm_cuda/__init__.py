@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import onnx
 from .convert import convert
 from .explain import explain
 from .functional import fused_lstm
@@ -24,4 +25,5 @@ __all__ = [
     "explain",
     "force_kernel",
     "fused_lstm",
+    "onnx",
 ]
