@@ -52,15 +52,22 @@ def explain(
     training = torch.is_grad_enabled() and (
         data.requires_grad or any(p.requires_grad for p in module.parameters())
     )
-    lines = [
-        f"fused op on {kind}, {str(dtype).removeprefix('torch.')}, T={T} B={B}: "
-        + ("saves for backward" if training else "inference, saves nothing")
-    ]
+    what = "saves for backward" if training else "inference, saves nothing"
+    steps = module.checkpoint or module.truncate
+    if training and steps is not None:  # each direction alone, in segments
+        if module.checkpoint is not None:
+            what = "saves one state for each segment for backward, which runs forward again"
+        what += f"; segments of {steps} steps, each direction by itself"
+        if module.truncate is not None:
+            what += f"; gradients end every {module.truncate} steps"
+    lines = [f"fused op on {kind}, {str(dtype).removeprefix('torch.')}, T={T} B={B}: {what}"]
     for layer in range(module.num_layers):
         features = module.input_size if layer == 0 else D * P
         line = f"layer {layer}: {D} x LSTM {features} -> {H}" + (f" -> {P}" if P != H else "")
         for backward in (False, True)[: 1 + training] if kind in ("cpu", "cuda") else ():
             sizes = (T, B, D, features, H, P, dtype, backward)
+            if training and steps is not None:
+                sizes = (min(T, steps), B, 1, features, H, P, dtype, backward)
             if kind == "cpu":
                 plan = ops.plan_cpu(*sizes)
             else:

@@ -14,6 +14,7 @@ from . import ops, reference
 from .layer import fused_layer
 from .packed import PackedWeights
 from .reference import PLAIN, Cell, check_probability
+from .segments import check_segments, segmented_layer
 from .stack import run_stack, wavefront_chunks
 
 BACKENDS = ("auto", "cuda", "cpu", "torch")
@@ -44,6 +45,8 @@ def fused_lstm(
     peephole: Sequence[Sequence[Tensor]] | None = None,
     layer_norm: Sequence[Sequence[Tensor]] | None = None,
     backend: str = "auto",
+    checkpoint: int | None = None,
+    truncate: int | None = None,
     packed: Sequence[PackedWeights] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """A stack of L LSTM layers with D directions, as a function of its weights.
@@ -88,6 +91,15 @@ def fused_lstm(
             [H]; runs on the reference.
         backend: "auto" (by x's device), "cpu", "cuda", or "torch" for the reference: slow, any
             device, any transform.
+        checkpoint: to save memory in training, keep for backward the state before every k-th step
+            instead of the gates of all steps, and run k steps at a time again in backward. Results
+            and gradients are those of a loop over calls of k steps, in float32 and float64 with one
+            direction to the bit; from those without it they differ by rounding. Without gradients
+            it does nothing. The reference cannot do it.
+        truncate: no gradient of the state passes between t-1 and t where t is a multiple of k
+            (truncated backpropagation), in either direction of time; the state itself does, so
+            outputs do not change. The final state of a row that has ended before t keeps its
+            gradient. With ``checkpoint``, a multiple of that.
         packed: L places where calls without gradients keep packed weights, as
             ``FusedLSTM.freeze`` makes them.
 
@@ -124,6 +136,7 @@ def fused_lstm(
         check_probability("dropout", dropout)
     if hx is not None:
         _check_hx(hx, x, L * D, B, H, P)
+    check_segments(checkpoint, truncate)
     h0, c0 = (None, None) if hx is None else hx
     if lengths is not None:
         lengths = _check_lengths(lengths, T, B, x.device)
@@ -136,7 +149,10 @@ def fused_lstm(
     if layer_norm is not None:
         extras += ("layer_norm",)
         _check_extra("layer_norm", layer_norm, ((4 * H,), (4 * H,), (H,), (H,)), x, L * D)
+    if checkpoint is not None:
+        check_checkpoint(backend, extras)
     fused = _choose_fused(backend, x.device.type, extras)
+    in_segments = fused and (checkpoint is not None or truncate is not None)
 
     if batch_first:
         x = x.transpose(0, 1)
@@ -159,16 +175,21 @@ def fused_lstm(
         if fused:
             wanted = return_cells and k == L - 1
             places = None if kept is None else kept[k]
+            if in_segments:
+                return segmented_layer(
+                    x, rows, h, c, lengths, reset, reversed, wanted, checkpoint, truncate, places
+                )
             return fused_layer(x, rows, h, c, lengths, reset, reversed, wanted, places)
         mine = slice(k * D, k * D + D)
         return reference.lstm_layer(
             x, rows, h, c, lengths, reset, reversed, cell,
             None if peephole is None else peephole[mine],
             None if layer_norm is None else layer_norm[mine],
-            training,
+            training, truncate,
         )  # fmt: skip
 
-    chunks = wavefront_chunks(x, weights, D, reversed) if fused else 1
+    # A wavefront has boundaries of its own.
+    chunks = wavefront_chunks(x, weights, D, reversed) if fused and not in_segments else 1
     x, h_n, c_n, cells = run_stack(
         layer, x, weights, h0, c0, lengths, reset, D, return_cells, between, chunks
     )
@@ -223,6 +244,16 @@ def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(
             f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}"
+        )
+
+
+def check_checkpoint(backend: str, extras: tuple[str, ...]) -> None:
+    """Raise ValueError where the reference would run, which keeps all steps."""
+    if backend == "torch" or extras:
+        reason = 'backend="torch"' if backend == "torch" else ", ".join(extras)
+        raise ValueError(
+            f"checkpoint is for the fused op, and {reason} runs on the reference; there, put "
+            "torch.utils.checkpoint around the call"
         )
 
 

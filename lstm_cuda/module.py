@@ -10,9 +10,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .convert import rebuild
-from .functional import check_backend, check_pair, fused_lstm, native_dtype, warn_reference
+from .functional import (
+    check_backend,
+    check_checkpoint,
+    check_pair,
+    fused_lstm,
+    native_dtype,
+    warn_reference,
+)
 from .packed import PackedWeights
 from .reference import Cell, check_probability
+from .segments import check_segments
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,6 +61,10 @@ class FusedLSTM(nn.RNNBase):
             gets 0.
         backend: "auto" (by the input's device), "cpu", "cuda", or "torch" for the differentiable
             reference: slow, but on any device and under any transform.
+        checkpoint: in training, keep the state before every k-th step for backward instead of the
+            gates of all steps, and compute them again; see ``fused_lstm``.
+        truncate: no gradient of the state passes between t-1 and t where t is a multiple of k; see
+            ``fused_lstm``.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or two exclude each
@@ -60,6 +72,8 @@ class FusedLSTM(nn.RNNBase):
     """
 
     _packed: list[PackedWeights] | None = None  # see freeze()
+    checkpoint: int | None = None  # here, too, for modules pickled before there was one
+    truncate: int | None = None
 
     def __init__(
         self,
@@ -88,6 +102,8 @@ class FusedLSTM(nn.RNNBase):
         layer_norm: bool = False,
         forget_bias: float | None = None,
         backend: str = "auto",
+        checkpoint: int | None = None,
+        truncate: int | None = None,
     ) -> None:
         for name, size in {"num_layers": num_layers, "proj_size": proj_size}.items():
             if not isinstance(size, int):
@@ -115,6 +131,7 @@ class FusedLSTM(nn.RNNBase):
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating point dtype; got {dtype}")
         check_backend(backend)
+        check_segments(checkpoint, truncate)
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             proj_size, device, dtype,
@@ -122,6 +139,8 @@ class FusedLSTM(nn.RNNBase):
         self.reverse = reverse
         self.forget_bias = forget_bias
         self.backend = backend
+        self.checkpoint = checkpoint
+        self.truncate = truncate
         self.cell = cell
         H, G = hidden_size, 4 * hidden_size
         ci, cf, co = "weight_ci", "weight_cf", "weight_co"
@@ -133,6 +152,8 @@ class FusedLSTM(nn.RNNBase):
         self._reset_extras()
         self._reset_forget_bias()
         extras = self._extras()
+        if checkpoint is not None:
+            check_checkpoint(backend, extras)
         if extras and backend != "torch":
             warn_reference(extras)
 
@@ -268,6 +289,8 @@ class FusedLSTM(nn.RNNBase):
             peephole=self._rows(self._peephole_names),
             layer_norm=self._rows(self._layer_norm_names),
             backend=self.backend,
+            checkpoint=self.checkpoint,
+            truncate=self.truncate,
             packed=self._packed,
         )
         steps = packed or self.proj_size > 0 or x.dtype is torch.float16
@@ -367,6 +390,9 @@ class FusedLSTM(nn.RNNBase):
             options["forget_bias"] = self.forget_bias
         if self.backend != "auto":
             options["backend"] = self.backend
+        for name in ("checkpoint", "truncate"):
+            if getattr(self, name) is not None:
+                options[name] = getattr(self, name)
         return super().extra_repr() + "".join(f", {k}={v!r}" for k, v in options.items())
 
     @classmethod
@@ -403,6 +429,7 @@ class FusedLSTM(nn.RNNBase):
                 computed.
         """
         options = self._extras() + (("reverse",) if self.reverse else ())
+        options += () if self.truncate is None else ("truncate",)
         if options:
             raise ValueError(f"torch.nn.LSTM has no {', '.join(options)}")
         return rebuild(self, nn.LSTM, copy)

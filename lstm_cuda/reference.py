@@ -120,6 +120,7 @@ def lstm_layer(
     peephole: Sequence[Sequence[Tensor]] | None = None,
     layer_norm: Sequence[Sequence[Tensor]] | None = None,
     training: bool = False,
+    truncate: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer of D independent recurrences over the same input.
 
@@ -152,6 +153,8 @@ def lstm_layer(
         layer_norm: for each recurrence the gains ``[ih [4H], hh [4H], c [H]]`` and, optionally, the
             shift of c [H].
         training: draw the random masks; otherwise dropout is off and zoneout takes its expectation.
+        truncate: no gradient of the state passes between t-1 and t where t is a multiple of it, in
+            either direction of time; the state itself does.
 
     Returns:
         y [T, B, D*P] and h_n [D, B, P] in x's dtype; c_n [D, B, H] in c0's, or x's without c0;
@@ -179,6 +182,7 @@ def lstm_layer(
                 None if peephole is None else [w.to(compute) for w in peephole[d]],
                 None if layer_norm is None else [w.to(compute) for w in layer_norm[d]],
                 training,
+                truncate,
             )
             for d, row in enumerate(weights)
         ]
@@ -203,6 +207,7 @@ def _recurrence(
     peephole: Sequence[Tensor] | None,
     layer_norm: Sequence[Tensor] | None,
     training: bool,
+    truncate: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One recurrence of ``lstm_layer``: y [T, B, P], h_n [B, P], c_n [B, H], cells [T, B, H]."""
     T, B, _ = x.shape
@@ -239,6 +244,10 @@ def _recurrence(
         elif reset is not None and t + 1 < T:
             cut = reset[t + 1] if valid is None else reset[t + 1] & valid[t + 1]
         h_prev, c_prev = (h, c) if cut is None else (_zero(h, cut), _zero(c, cut))
+        after = t + 1 if backwards else t
+        if truncate is not None and after % truncate == 0 and 0 < after < T:
+            rows = None if valid is None else valid[after]
+            h_prev, c_prev = _without_gradient(h_prev, rows), _without_gradient(c_prev, rows)
         gates_h = F.linear(h_prev if h_mask is None else h_prev * h_mask, w_hh)
         if layer_norm is not None:
             gates_h = F.layer_norm(gates_h, (4 * H,), layer_norm[1], None, NORM_EPS)
@@ -310,3 +319,8 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
 def _zero(state: Tensor, rows: Tensor) -> Tensor:
     """The state [B, n] with the marked rows [B] at 0. A product would keep a NaN."""
     return torch.where(rows[:, None], 0, state)
+
+
+def _without_gradient(state: Tensor, rows: Tensor | None) -> Tensor:
+    """The state [B, n], detached in the marked rows [B]; None: in all."""
+    return state.detach() if rows is None else torch.where(rows[:, None], state.detach(), state)
