@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, segment_ops
-from .layer import _by_kind, _refuse_transforms, _requires_grad, fused_layer, tf32_allowed
+from .layer import _by_kind, _requires_grad, _transformed, fused_layer, tf32_allowed
 from .packed import PackedWeights
 
 
@@ -65,16 +65,15 @@ def segmented_layer(
         As ``fused_layer``.
 
     Raises:
-        NotImplementedError: as ``fused_layer``.
+        NotImplementedError: under vmap or forward-mode differentiation.
     """
     D = len(weights)
     flat = [w for column in zip(*weights, strict=True) for w in column]
-    if not torch.is_grad_enabled() or not _requires_grad(x, flat, h0, c0):
+    transformed = _transformed(x, flat, h0, c0)
+    if not transformed and not (torch.is_grad_enabled() and _requires_grad(x, flat, h0, c0)):
         return fused_layer(x, weights, h0, c0, lengths, reset, reversed, cells, packed)
-    _refuse_transforms(x, flat, h0, c0)
     if c0 is not None and c0 is h0:
         c0 = c0.view_as(c0)  # torch.compile refuses the same tensor twice
-    transformed = torch._C._are_functorch_transforms_active()
     function = _TransformedSegments if transformed else _Segments
     y, h_n, c_n, *others = function.apply(
         x, h0, c0, lengths, reset, reversed, cells, D, tf32_allowed(x.device.type, x.dtype),
@@ -161,6 +160,21 @@ class _TransformedSegments(torch.autograd.Function):
             *no_grads,
             *dflat,
         )
+
+    @staticmethod
+    def jvp(ctx: Any, *changes: Any) -> Any:
+        raise NotImplementedError(_unsupported("forward-mode differentiation"))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        raise NotImplementedError(_unsupported("torch.func.vmap"))
+
+
+def _unsupported(transform: str) -> str:
+    return (
+        f"checkpoint and truncate do not support {transform}; leave them out, or take "
+        'backend="torch", whose truncate does'
+    )
 
 
 class _Segments(torch.autograd.Function):
