@@ -101,7 +101,8 @@ def export(
     assert program is not None  # torch's type is that of both its exporters
     layers = [node for node in program.model.graph if node.op_type == "LSTM"]
     opset = program.model.opset_imports[""]
-    if opset < 22 and any(str(node.inputs[0].dtype) == "BFLOAT16" for node in layers):
+    inputs = [node.inputs[0] for node in layers]
+    if opset < 22 and any(x is not None and str(x.dtype) == "BFLOAT16" for x in inputs):
         raise ValueError(
             "opset_version must be at least 22 for a layer in bfloat16, which ONNX's LSTM node has "
             f"not had before; got {opset}"
