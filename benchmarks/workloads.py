@@ -20,7 +20,7 @@ GROUPS = {
     "lengths": "lengths uniform in [T/2, T]: `lengths=` against pack, nn.LSTM, pad",
     "reset": "2 % of the steps begin a new episode: `reset=` against a loop over time",
     "stream": "one call per step with carried state, as in live audio (time of all T calls)",
-    "penalty": "training on a gradient penalty (WGAN-GP), which oneDNN and cuDNN cannot do",
+    "penalty": "training on a gradient penalty (WGAN-GP), which cuDNN cannot do",
     "cost": "what `lengths=` and `reset=` cost over the same FusedLSTM call without them",
 }
 
