@@ -86,7 +86,7 @@ struct Forward {
   void multiply_input() {
     if (p.gates) return;
     const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
-    gates = shaped(products.linear(in.x, cat(in.w_ih), biases), {T, B, D, 4 * H});
+    gates = result_shaped(products.linear(in.x, cat(in.w_ih), biases), {T, B, D, 4 * H});
     p.gates = gates.data_ptr();
   }
 
@@ -126,7 +126,7 @@ struct Forward {
     const auto project = [&](const Tensor& m, int64_t d) {
       return products.linear(m, in.w_hr[d], {});
     };
-    y = shaped(each_recurrence(over_m.y, in.shape, project), sizes_of(y));
+    y = result_shaped(each_recurrence(over_m.y, in.shape, project), sizes_of(y));
     return last_outputs(in.shape, y.data_ptr(), p.h0, p.lengths, p.h_n, stream);
   }
   // Whether a launch is refused is known only after h0's product was put in gates_x, where the next

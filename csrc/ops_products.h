@@ -33,6 +33,10 @@ inline Tensor cat(const Tensors& list, int64_t dim = 0) {
   return list.size() == 1 ? list[0] : call("aten::cat", "", list, dim);
 }
 inline Tensor shaped(const Tensor& t, const Sizes& sizes) { return torch::stable::view(t, sizes); }
+// The same of what an op returns and nobody else has: not a view, which could not carry a tangent.
+inline Tensor result_shaped(const Tensor& t, const Sizes& sizes) {
+  return call("aten::_unsafe_view", "", t, sizes);
+}
 inline Tensor mm(const Tensor& a, const Tensor& b) { return call("aten::mm", "", a, b); }
 inline Tensor bmm(const Tensor& a, const Tensor& b) { return call("aten::bmm", "", a, b); }
 
