@@ -133,6 +133,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
             f"{world} processes: {bits:.3f} bits per character, unigram {unigram:.3f} "
             f"({time.perf_counter() - start:.0f} s)"
         )
+    dist.barrier()  # nobody leaves while another still needs it
     dist.destroy_process_group()
     return bits, unigram
 

@@ -195,6 +195,7 @@ def main(number: int, world: int, device: str, folder: Path) -> None:
         except Exception:
             found[case.__name__] = traceback.format_exc()
     torch.save(found, folder / f"rank{number}")
+    dist.barrier()  # nobody leaves while another still needs it
     dist.destroy_process_group()
 
 
