@@ -111,7 +111,8 @@ def fused_lstm(
     Raises:
         TypeError, ValueError, RuntimeError: an argument is wrong; the message says which, what was
             wanted, what came.
-        NotImplementedError: under vmap, unless ``backend="torch"``.
+        NotImplementedError: under vmap and, with ``checkpoint`` or ``truncate``, forward-mode
+            differentiation, unless ``backend="torch"``.
     """
     D = 2 if bidirectional else 1
     if not isinstance(x, Tensor) or x.dim() != 3:

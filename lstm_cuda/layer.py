@@ -14,7 +14,7 @@ from .packed import PackedWeights
 from .recurrence import forward_mode
 from .second_order import Run
 
-W = TypeVar("W", Tensor, Tensor | None)
+W = TypeVar("W", Tensor, Tensor | None, int)
 
 
 def fused_layer(
@@ -105,6 +105,17 @@ def _by_kind(
     return flat[:D], flat[D : 2 * D], flat[2 * D : end], flat[end:]
 
 
+def _flat_gradients(dw: Sequence[Tensor], D: int, count: int, needed: bool) -> list[Tensor | None]:
+    """Those of ``count`` weights in their flat list, from dw_ih, dw_hh, db and dw_hr of the op."""
+    if not needed:
+        return [None] * count
+    dw_ih, dw_hh, db, dw_hr = dw
+    _, _, bias, w_hr = _by_kind(range(count), D)
+    # Both biases have the same gradient, in storage of their own: optimizers write to it.
+    parts = [dw_ih, dw_hh] + ([db, db.clone()] if bias else []) + ([dw_hr] if w_hr else [])
+    return [part[d] for part in parts for d in range(D)]
+
+
 class _TransformedLayer(torch.autograd.Function):
     """y, h_n, c_n, gates, c of a layer, in the form that torch.func and forward mode ask for.
 
@@ -148,7 +159,7 @@ class _TransformedLayer(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, h0, c0, lengths, reset, y, gates, c, *flat = ctx.saved_tensors
         needs_x, needs_h0, needs_c0, _, _, _, _, _, _, _, *needs_flat = ctx.needs_input_grad
-        w_ih, w_hh, bias, w_hr = _by_kind(flat, ctx.D)
+        w_ih, w_hh, _, w_hr = _by_kind(flat, ctx.D)
         if not torch.compiler.is_compiling() and _differentiable(dgates):
             if torch.is_grad_enabled():
                 asked = _asked_for(ctx, (x, h0, c0, lengths, reset, *flat))
@@ -161,12 +172,8 @@ class _TransformedLayer(torch.autograd.Function):
                 dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed,
                 y, gates, c, needs_x, any(needs_flat), ctx.allow_tf32,
             )  # fmt: skip
-        dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = grads
-        dflat: list[Tensor | None] = [None] * len(flat)
-        if any(needs_flat):
-            # Both biases have the same gradient, in storage of their own: optimizers write to it.
-            parts = [dw_ih, dw_hh] + ([db, db.clone()] if bias else []) + ([dw_hr] if w_hr else [])
-            dflat = [part[d] for part in parts for d in range(ctx.D)]
+        dx, dh0, dc0, *dw = grads
+        dflat = _flat_gradients(dw, ctx.D, len(flat), any(needs_flat))
         return (
             dx if needs_x else None,
             dh0 if needs_h0 else None,

@@ -18,7 +18,8 @@ and the derivatives by the coefficients are products of the two solutions. So th
 under differentiation, forward or reverse, to any order.
 
 Shapes, with T steps in the order of the recurrence and D recurrences: z, K [T, D, B, 4H]; c, m, F,
-R [T, D, B, H]; W [D, 4H, H]. W may have 16 bits: products are in its dtype, all else is in float32.
+R [T, D, B, H]; W [D, 4H, H]. W may have 16 bits: all else is in float32, and on CUDA the products
+with W are in its dtype.
 ``fresh`` is [T, D, B, 1] bool, or None for nowhere: where it is True, nothing passes from t - 1 to
 t. A source may be None for zeros.
 """

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, segment_ops
-from .layer import _by_kind, _requires_grad, _transformed, fused_layer, tf32_allowed
+from .layer import (
+    _by_kind,
+    _flat_gradients,
+    _requires_grad,
+    _transformed,
+    fused_layer,
+    tf32_allowed,
+)
 from .packed import PackedWeights
 
 
@@ -143,22 +150,17 @@ class _TransformedSegments(torch.autograd.Function):
             grads = _differentiable_backward(ctx, (x, h0, c0, *flat), needs, (dy, dh_n, dc_n, dc))
             return (*grads[:3], *no_grads, *grads[3:])
         w_ih, w_hh, bias, w_hr = _by_kind(flat, ctx.D)
-        dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = segment_ops.backward(
+        dx, dh0, dc0, *dw = segment_ops.backward(
             dy, dh_n, dc_n, dc, x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, ctx.reversed,
             kept, recompute, ctx.checkpoint or ctx.truncate, ctx.truncate or 0, needs_x,
             any(needs_flat), ctx.allow_tf32,
         )  # fmt: skip
-        dflat: list[Tensor | None] = [None] * len(flat)
-        if any(needs_flat):
-            # Both biases have the same gradient, in storage of their own: optimizers write to it.
-            parts = [dw_ih, dw_hh] + ([db, db.clone()] if bias else []) + ([dw_hr] if w_hr else [])
-            dflat = [part[d] for part in parts for d in range(ctx.D)]
         return (
             dx if needs_x else None,
             dh0 if needs_h0 else None,
             dc0.to(c0.dtype) if needs_c0 else None,
             *no_grads,
-            *dflat,
+            *_flat_gradients(dw, ctx.D, len(flat), any(needs_flat)),
         )
 
     @staticmethod
