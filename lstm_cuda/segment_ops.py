@@ -154,17 +154,12 @@ def _empty_forward(
     allow_tf32: bool,
 ) -> tuple[Tensor, ...]:
     """The results of ``_forward``, not filled in."""
-    T, B, D, H, P = ops._sizes(x, w_hh)
-    compute = ops.compute_dtype(x.dtype)
-    N = (T + steps - 1) // steps
-    return (
-        x.new_empty(T, B, D * P),
-        x.new_empty(D, B, P),
-        x.new_empty(D, B, H, dtype=x.dtype if c0 is None else c0.dtype),
-        x.new_empty((T, B, D, H) if cells else 0, dtype=compute),
-        x.new_empty(N, D, B, P),
-        x.new_empty(N, D, B, H, dtype=compute),
+    y, h_n, c_n, _, c = ops._layer_forward_fake(
+        x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, False, cells, allow_tf32
     )
+    T, B, D, H, P = ops._sizes(x, w_hh)
+    N = (T + steps - 1) // steps
+    return y, h_n, c_n, c, x.new_empty(N, D, B, P), c.new_empty(N, D, B, H)
 
 
 def _forward(
