@@ -56,7 +56,7 @@ lstm_cuda::Dtype dtype_named(const std::string& name) {
 py::dict plan_cpu(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_t P,
                   const std::string& dtype, int threads, bool backward) {
   using namespace py::literals;
-  const lstm_cuda::LayerShape shape{dtype_named(dtype), T, B, D, I, H, P, 0, P != H};
+  const lstm_cuda::LayerShape shape{dtype_named(dtype), T, B, D, I, H, P, 0, P != H, 1};
   const lstm_cuda::CpuPlan plan = lstm_cuda::plan_cpu(shape, threads, backward);
   return py::dict("workers"_a = plan.workers, "in_step"_a = plan.in_step, "parts"_a = plan.parts,
                   "weights_packed"_a = plan.recurrent == lstm_cuda::Weights::packed,
@@ -80,7 +80,7 @@ py::dict plan_cuda(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_
                    const std::string& dtype, bool backward, bool allow_tf32, int architecture,
                    int multiprocessors, int64_t shared_bytes, int device) {
   using namespace py::literals;
-  const lstm_cuda::LayerShape shape{dtype_named(dtype), T, B, D, I, H, P, 0, P != H};
+  const lstm_cuda::LayerShape shape{dtype_named(dtype), T, B, D, I, H, P, 0, P != H, 1};
   const lstm_cuda::CudaPlan plan =
       lstm_cuda::plan_cuda(shape, lstm_cuda::cuda_request(device, allow_tf32, backward),
                            {architecture, multiprocessors, shared_bytes});
@@ -115,7 +115,7 @@ py::dict plan_cuda(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_
 int64_t packed_layout(int64_t T, int64_t B, int64_t D, int64_t H, int64_t P,
                       const std::string& dtype, bool allow_tf32, int architecture,
                       int multiprocessors, int64_t shared_bytes, int device) {
-  const lstm_cuda::LayerShape shape{dtype_named(dtype), T, B, D, P, H, P, 0, P != H};
+  const lstm_cuda::LayerShape shape{dtype_named(dtype), T, B, D, P, H, P, 0, P != H, 1};
   return lstm_cuda::packed_layout(
       lstm_cuda::plan_cuda(shape, lstm_cuda::cuda_request(device, allow_tf32, false),
                            {architecture, multiprocessors, shared_bytes}));
@@ -124,7 +124,7 @@ int64_t packed_layout(int64_t T, int64_t B, int64_t D, int64_t H, int64_t P,
 int wavefront_chunks(int layers, int64_t T, int64_t B, int64_t H, int64_t P,
                      const std::string& dtype, bool allow_tf32, int architecture,
                      int multiprocessors, int64_t shared_bytes, int device) {
-  const lstm_cuda::LayerShape shape{dtype_named(dtype), T, B, 1, P, H, P, 0, P != H};
+  const lstm_cuda::LayerShape shape{dtype_named(dtype), T, B, 1, P, H, P, 0, P != H, 1};
   return lstm_cuda::wavefront_chunks(layers, shape,
                                      lstm_cuda::cuda_request(device, allow_tf32, false),
                                      {architecture, multiprocessors, shared_bytes});
@@ -136,6 +136,7 @@ int wavefront_chunks(int layers, int64_t T, int64_t B, int64_t H, int64_t P,
 // its own around them.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled part of lstm_cuda.";
+  m.attr("max_recurrences") = lstm_cuda::kMaxRecurrences;
   m.def("build_info", &build_info);
   m.def("cpu_capability", &lstm_cuda::cpu_capability);
   m.def("set_cpu_capability", &set_cpu_capability, py::arg("name"));

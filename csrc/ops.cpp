@@ -61,7 +61,7 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
   const Tensors bias = bias_or_none.value_or(Tensors{}), w_hr = w_hr_or_none.value_or(Tensors{});
   const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
   check_lengths(in);
-  const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
+  const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
   const ScalarType compute = compute_type(in.type);
   const Tensors b = checked("bias", bias, bias.empty() ? 0 : 2 * D, {4 * H}, in.type, x);
   const std::vector<const void*> b_pointers = pointers(b);
@@ -94,13 +94,13 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const Tensors w_hr = w_hr_or_none.value_or(Tensors{});
   const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
   check_lengths(in);
-  const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
+  const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
   const ScalarType compute = compute_type(in.type);
   const Gradients grads(in, dy, dh_n, dc_n, dc, y, gates, c, compute);
   const auto wanted = [&](bool want, const Sizes& sizes) {
     return empty(want ? sizes : Sizes{0}, compute, x);
   };
-  Tensor dx = wanted(need_dx, {T, B, I}), dh0 = wanted(h0.has_value(), {D, B, P}),
+  Tensor dx = wanted(need_dx, {T, B, inputs * I}), dh0 = wanted(h0.has_value(), {D, B, P}),
          dc0 = wanted(c0.has_value(), {D, B, H});
   Tensor dw_ih = wanted(need_dw, {D, 4 * H, I}), dw_hh = wanted(need_dw, {D, 4 * H, P}),
          db = wanted(need_dw, {D, 4 * H});

@@ -76,20 +76,23 @@ Inputs::Inputs(const Tensor& x_in, const Tensors& w_ih_in, const Tensors& w_hh_i
                const Tensors& w_hr_in, const OptionalTensor& h0_in, const OptionalTensor& c0_in,
                const OptionalTensor& lengths_in, const OptionalTensor& reset_in, int64_t reversed)
     : type(x_in.scalar_type()), c_type(c0_in ? c0_in->scalar_type() : type), x(x_in) {
-  STD_TORCH_CHECK(x.dim() == 3, "x must be [T, B, I]; got ", text(sizes_of(x)));
+  STD_TORCH_CHECK(x.dim() == 3, "x must be [T, B, inputs * I]; got ", text(sizes_of(x)));
   STD_TORCH_CHECK(!w_ih_in.empty() && w_ih_in[0].dim() == 2 && w_ih_in[0].size(0) % 4 == 0 &&
                       w_ih_in[0].size(0) > 0,
                   "w_ih must hold a [4H, I] tensor for each direction");
-  const int64_t D = int64_t(w_ih_in.size()), H = w_ih_in[0].size(0) / 4;
+  const int64_t D = int64_t(w_ih_in.size()), H = w_ih_in[0].size(0) / 4, I = w_ih_in[0].size(1),
+                inputs = I > 0 ? x.size(2) / I : 1;
+  STD_TORCH_CHECK(x.size(2) == inputs * I && inputs > 0 && D % inputs == 0, "x must be [T, B, n * ",
+                  I, "] where n divides the ", D, " recurrences; got ", text(sizes_of(x)));
   const bool projected = !w_hr_in.empty();
   STD_TORCH_CHECK(!projected || w_hr_in[0].dim() == 2,
                   "w_hr must hold a [P, H] tensor for each direction");
   const int64_t P = projected ? w_hr_in[0].size(0) : H;
-  shape = {dtype_of(type), x.size(0), x.size(1), D, x.size(2), H, P, uint64_t(reversed), projected};
+  shape = {dtype_of(type), x.size(0), x.size(1), D, I, H, P, uint64_t(reversed), projected, inputs};
   STD_TORCH_CHECK(D <= kMaxRecurrences, "at most ", kMaxRecurrences,
                   " recurrences run in one call; got ", D);
   if (x.stride(2) != 1 && x.size(2) > 1) x = torch::stable::contiguous(x);
-  w_ih = checked("w_ih", w_ih_in, D, {4 * H, shape.I}, type, x);
+  w_ih = checked("w_ih", w_ih_in, D, {4 * H, I}, type, x);
   w_hh = checked("w_hh", w_hh_in, D, {4 * H, P}, type, x);
   w_hr = checked("w_hr", w_hr_in, projected ? D : 0, {P, H}, type, x);
   h0 = checked("h0", h0_in, {D, shape.B, P}, type, x);
@@ -108,7 +111,7 @@ Inputs::Inputs(const Tensor& x_in, const Tensors& w_ih_in, const Tensors& w_hh_i
 Gradients::Gradients(const Inputs& in, const OptionalTensor& dy_in, const OptionalTensor& dh_n_in,
                      const OptionalTensor& dc_n_in, const OptionalTensor& dc_in, const Tensor& y_in,
                      const Tensor& gates_in, const Tensor& c_in, ScalarType gates_type) {
-  const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
+  const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
   const ScalarType compute = compute_type(in.type);
   y = checked("y", y_in, {T, B, D * P}, in.type, in.x);
   gates = checked("gates", gates_in, {T, B, D, 4 * H}, gates_type, in.x);

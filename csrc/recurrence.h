@@ -1,7 +1,7 @@
 // The problem as the kernels see it: plain sizes, strides and pointers. Nothing here knows torch or
 // CUDA.
 //
-// A layer is D independent recurrences (directions) over the same input x, time T and batch B:
+// A layer is D independent recurrences (directions, members of an ensemble) over time T and batch B:
 //   gates_x[t] = x[t] w_ih^T + b_ih + b_hh
 //   h[t], c[t] = cell(gates_x[t] + h[t-1] w_hh^T, c[t-1])
 // G = 4H rows of weights in torch's order i, f, g, o. Without projection P = H. All weights are
@@ -9,6 +9,8 @@
 #pragma once
 
 #include <cstdint>
+
+#include "host_device.h"
 
 namespace lstm_cuda {
 
@@ -22,12 +24,15 @@ struct LayerShape {
   int64_t I, H, P;    // input, hidden and output (projected) sizes
   uint64_t reversed;  // bit d: recurrence d runs from the last step to the first
   bool projected;     // h = w_hr (o * tanh(c)); otherwise h = o * tanh(c)
+  int64_t inputs;     // that x holds side by side; each is read by D / inputs recurrences in a row
+
+  LSTM_HOST_DEVICE int64_t input_of(int64_t d) const { return d / (D / inputs); }
 };
 
 // The reserve (gates, c) is in the compute type: double for float64, float for all others.
 struct LayerForward {
   LayerShape shape;
-  const void* x;  // [T, B, I], last dimension contiguous
+  const void* x;  // [T, B, inputs * I], last dimension contiguous
   int64_t x_stride_t, x_stride_b;
   const void* const* w_ih;  // D pointers, [4H, I]
   const void* const* w_hh;  // D pointers, [4H, P]
@@ -66,7 +71,7 @@ struct LayerBackward {
   const void* dh_n;  // [D, B, P] or null
   const void* dc_n;  // [D, B, H] or null
   const void* dc;    // [T, B, D, H], gradient of the reserve's c (compute type), or null
-  void* dx;          // [T, B, I] or null (not wanted)
+  void* dx;          // [T, B, inputs * I] or null (not wanted)
   void* dh0;         // [D, B, P] or null (not wanted)
   void* dc0;         // [D, B, H] or null
   void* dw_ih;       // [D, 4H, I]; null: no weight gradient is wanted

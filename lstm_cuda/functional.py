@@ -111,7 +111,7 @@ def fused_lstm(
     Raises:
         TypeError, ValueError, RuntimeError: an argument is wrong; the message says which, what was
             wanted, what came.
-        NotImplementedError: under vmap and, with ``checkpoint`` or ``truncate``, forward-mode
+        NotImplementedError: with ``checkpoint`` or ``truncate``, under vmap and forward-mode
             differentiation, unless ``backend="torch"``.
     """
     D = 2 if bidirectional else 1
@@ -399,12 +399,17 @@ def _check_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torc
     if lengths.shape != (B,):
         raise ValueError(f"lengths must be [{B}] (batch); got {list(lengths.shape)}")
     # On another device the kernels clamp instead: a look at the values would wait for the device.
-    if lengths.device.type == "cpu" and B > 0 and not torch.compiler.is_compiling():
+    if lengths.device.type == "cpu" and B > 0 and _can_look():
         low, high = (int(n) for n in lengths.aminmax())
         if low < 0 or high > T:
             bad = low if low < 0 else high
             raise ValueError(f"lengths must be between 0 and {T} (time); got {bad}")
     return lengths.to(device, torch.int64)
+
+
+def _can_look() -> bool:
+    """Whether tensors have values here: no graph is made of them, and no vmap hides members."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def _check_reset(reset: Tensor, T: int, B: int, batch_first: bool, device: torch.device) -> Tensor:
@@ -421,7 +426,7 @@ def _check_reset(reset: Tensor, T: int, B: int, batch_first: bool, device: torch
             raise TypeError(f"reset must be bool, or uint8 or float 0/1; got {reset.dtype}")
         # Probabilities passed by mistake would all count as True; looking costs too much in an
         # optimised run.
-        if __debug__ and reset.device.type == "cpu" and not torch.compiler.is_compiling():
+        if __debug__ and reset.device.type == "cpu" and _can_look():
             odd = reset[(reset != 0) & (reset != 1)]
             if odd.numel() > 0:
                 raise ValueError(f"reset must be 0 or 1 everywhere; got {odd[0].item()}")

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops
+from .batching import LENGTHS, RESET, STATES, STEPS, Arguments, Dims, batched
+from .gradients import gradients
 from .packed import PackedWeights
 from .recurrence import forward_mode
 from .second_order import Run
@@ -40,30 +42,54 @@ def fused_layer(
     Returns:
         As ``reference.lstm_layer``; the last is meaningless unless ``cells``.
 
-    Raises:
-        NotImplementedError: under vmap.
     """
     D = len(weights)
     # w_ih of each recurrence, then w_hh of each, and so on: the order of the op's lists.
     flat = weights[0] if D == 1 else [w for column in zip(*weights, strict=True) for w in column]
-    allow_tf32 = tf32_allowed(x.device.type, x.dtype)
-    transformed = _transformed(x, flat, h0, c0)
     # What is exported is for inference. is_exporting() is True in all that torch 2.11 traces.
     recorded = torch.is_grad_enabled() and not torch.compiler._is_exporting_flag
-    if transformed or (recorded and _requires_grad(x, flat, h0, c0)):
+    y, h_n, c_n, gates, c = _run(
+        x, h0, c0, lengths, reset, reversed, D, *flat,
+        cells=cells, recorded=recorded, save=_differentiations() > 0, packed=packed,
+    )  # fmt: skip
+    return y, h_n, c_n, c if cells or gates.dim() == 1 else c.detach()
+
+
+def _run(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reversed: int,
+    D: int,
+    *flat: Tensor,
+    cells: bool,
+    recorded: bool,
+    save: bool,
+    packed: PackedWeights | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, h_n, c_n, gates and c; the last two are [0] where nothing can ask for them.
+
+    ``save``: something above asks for them, whatever can be seen here.
+    """
+    allow_tf32 = tf32_allowed(x.device.type, x.dtype)
+    transformed = _transformed(x, flat, h0, c0)
+    if not save:
+        save = (recorded and _requires_grad(x, flat, h0, c0)) or _has_tangent(x, flat, h0, c0)
+    if transformed or save:
         if c0 is not None and c0 is h0:
             c0 = c0.view_as(c0)  # torch.compile refuses the same tensor twice
         function = _TransformedLayer if transformed else _Layer
-        y, h_n, c_n, _, c = function.apply(
-            x, h0, c0, lengths, reset, reversed, cells, D, allow_tf32, recorded, *flat
+        results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = function.apply(
+            x, h0, c0, lengths, reset, reversed, cells, D, allow_tf32, recorded, save, *flat
         )
-        return y, h_n, c_n, c if cells else c.detach()
+        return results
     w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
     kept = (None, 0) if packed is None else packed.find(x, w_hh, w_hr, allow_tf32)
-    y, h_n, c_n, _, c = ops.layer_forward(
+    return ops.layer_forward(
         x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, False, cells, allow_tf32, *kept
     )
-    return y, h_n, c_n, c
 
 
 def tf32_allowed(device_type: str, dtype: torch.dtype) -> bool:
@@ -88,8 +114,23 @@ def _transformed(
     x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
 ) -> bool:
     """Whether torch.func is at work, or forward-mode differentiation of one of these."""
-    if torch._C._are_functorch_transforms_active():
-        return True
+    return torch._C._are_functorch_transforms_active() or _has_tangent(x, weights, h0, c0)
+
+
+def _differentiations() -> int:
+    """How many times torch.func differentiates what runs here; vmap does not."""
+    if not torch._C._are_functorch_transforms_active():
+        return 0
+    if torch.compiler.is_compiling():
+        return 1  # which torch.compile cannot count
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def _has_tangent(
+    x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
+) -> bool:
+    """Whether forward mode differentiates by one of these."""
     if forward_ad._current_level < 0:
         return False
     given = (t for t in (x, h0, c0, *weights) if t is not None)
@@ -121,6 +162,7 @@ class _TransformedLayer(torch.autograd.Function):
 
     Gates and c carry gradients, so that backward can be differentiated (``second_order``).
     ``recorded``: backward may come; torch.func hides torch.no_grad from here.
+    ``save``: a derivative of either mode may come.
     """
 
     @staticmethod
@@ -135,11 +177,12 @@ class _TransformedLayer(torch.autograd.Function):
         D: int,
         allow_tf32: bool,
         recorded: bool,
+        save: bool,
         *flat: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
         return ops.layer_forward(
-            x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, True, cells, allow_tf32
+            x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, save, cells, allow_tf32
         )
 
     @staticmethod
@@ -158,33 +201,35 @@ class _TransformedLayer(torch.autograd.Function):
         if not ctx.recorded:
             return (None,) * len(ctx.needs_input_grad)
         x, h0, c0, lengths, reset, y, gates, c, *flat = ctx.saved_tensors
-        needs_x, needs_h0, needs_c0, _, _, _, _, _, _, _, *needs_flat = ctx.needs_input_grad
+        needs_x, needs_h0, needs_c0, _, _, _, _, _, _, _, _, *needs_flat = ctx.needs_input_grad
         w_ih, w_hh, _, w_hr = _by_kind(flat, ctx.D)
-        if not torch.compiler.is_compiling() and _differentiable(dgates):
+        given = x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates, c
+        backward: Any = ops.layer_backward
+        differentiable = not torch.compiler.is_compiling() and _differentiable(dgates)
+        if differentiable and dgates is None and _differentiations() == 1:
+            # This may well be the last derivative.
+            differentiable, backward = False, gradients
+        if differentiable:
             if torch.is_grad_enabled():
                 asked = _asked_for(ctx, (x, h0, c0, lengths, reset, *flat))
                 needs_x = needs_x and asked[0]
                 needs_flat = [n and a for n, a in zip(needs_flat, asked[5:], strict=True)]
-            run = Run(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates, c)
-            grads = run.gradients(dy, dh_n, dc_n, dgates, dc, needs_x, any(needs_flat))
+            grads = Run(*given).gradients(dy, dh_n, dc_n, dgates, dc, needs_x, any(needs_flat))
         else:
-            grads = ops.layer_backward(
-                dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed,
-                y, gates, c, needs_x, any(needs_flat), ctx.allow_tf32,
-            )  # fmt: skip
+            grads = backward(dy, dh_n, dc_n, dc, *given, needs_x, any(needs_flat), ctx.allow_tf32)
         dx, dh0, dc0, *dw = grads
         dflat = _flat_gradients(dw, ctx.D, len(flat), any(needs_flat))
         return (
             dx if needs_x else None,
             dh0 if needs_h0 else None,
             dc0 if needs_c0 else None,
-            None, None, None, None, None, None, None,
+            None, None, None, None, None, None, None, None,
             *dflat,
         )  # fmt: skip
 
     @staticmethod
     def jvp(ctx: Any, *changes: Tensor | None) -> tuple[Tensor, ...]:
-        dx, dh0, dc0, _, _, _, _, _, _, _, *dflat = changes
+        dx, dh0, dc0, _, _, _, _, _, _, _, _, *dflat = changes
         with forward_mode(ctx) as (x, h0, c0, lengths, reset, y, gates, c, *flat):
             w_ih, w_hh, _, w_hr = _by_kind(flat, ctx.D)
             run = Run(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates, c)
@@ -192,10 +237,21 @@ class _TransformedLayer(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        raise NotImplementedError(
-            "the fused LSTM does not support torch.func.vmap (and what is built on it) yet; "
-            'backend="torch" runs the differentiable reference, which does'
-        )
+        x, h0, c0, lengths, reset, reversed, cells, D, _, recorded, save, *flat = inputs
+        x_dim, h0_dim, c0_dim, lengths_dim, reset_dim, _, _, _, _, _, _, *flat_dims = in_dims
+
+        def call(given: Arguments) -> tuple[Tensor, ...]:
+            x, (h0, c0, lengths, reset), flat, D, reversed = given
+            return _run(
+                x, h0, c0, lengths, reset, reversed, D, *flat,
+                cells=cells, recorded=recorded, save=save,
+            )  # fmt: skip
+
+        given = Arguments(x, (h0, c0, lengths, reset), flat, D, reversed)
+        dims = Dims(x_dim, (h0_dim, c0_dim, lengths_dim, reset_dim), flat_dims)
+        places = (STATES, STATES, LENGTHS, RESET)
+        result_places = (STEPS, STATES, STATES, STEPS, STEPS)
+        return batched(call, info.batch_size, given, dims, places, result_places)
 
 
 class _Layer(torch.autograd.Function):
@@ -249,7 +305,9 @@ def _keep(
     ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """Keep in ctx what derivatives need; the tensors among it are returned."""
-    x, h0, c0, lengths, reset, ctx.reversed, _, ctx.D, ctx.allow_tf32, ctx.recorded, *flat = inputs
+    x, h0, c0, lengths, reset, ctx.reversed, _, ctx.D, ctx.allow_tf32, ctx.recorded, _, *flat = (
+        inputs
+    )
     y, _, _, gates, c = outputs
     ctx.set_materialize_grads(False)  # an absent gradient stays absent, down to the kernel
     saved = x, h0, c0, lengths, reset, y, gates, c, *flat

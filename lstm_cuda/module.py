@@ -248,7 +248,7 @@ class FusedLSTM(nn.RNNBase):
         Raises:
             TypeError, ValueError, RuntimeError: an argument is wrong; the message says which, what
                 was wanted, what came.
-            NotImplementedError: under vmap and, with ``checkpoint`` or ``truncate``, forward-mode
+            NotImplementedError: with ``checkpoint`` or ``truncate``, under vmap and forward-mode
                 differentiation, unless ``backend="torch"``.
         """
         if isinstance(input, PackedSequence):

@@ -39,6 +39,12 @@ def build_info() -> dict[str, object]:
     return {**_C.build_info(), "cpu_capability": _C.cpu_capability()}
 
 
+def max_recurrences() -> int:
+    """D of one call is at most this."""
+    count: int = _C.max_recurrences
+    return count
+
+
 def plan_cpu(
     T: int, B: int, D: int, features: int, H: int, P: int, dtype: torch.dtype, backward: bool
 ) -> dict[str, object]:
@@ -248,7 +254,8 @@ def layer_forward(
     """One layer of D recurrences; the meaning is ``reference.lstm_layer``'s.
 
     Args:
-        x: [T, B, I], any strides.
+        x: [T, B, n*I], any strides: n inputs side by side, each for D/n recurrences in a row. The
+            directions of one layer share one; members of an ensemble have each their own.
         w_ih: D tensors [4H, I].
         w_hh: D tensors [4H, P].
         bias: none, or 2D tensors [4H]: ``b_ih`` of each recurrence, then ``b_hh`` of each.
@@ -311,8 +318,8 @@ def layer_backward(
         allow_tf32: as for ``layer_forward``.
 
     Returns:
-        dx [T, B, I] ([0] unless ``need_dx``), dh0 [D, B, P] and dc0 [D, B, H] ([0] without h0, c0),
-        dw_ih [D, 4H, I], dw_hh [D, 4H, P], db [D, 4H] (of either bias), dw_hr [D, P, H] ([0]
+        dx [T, B, n*I] ([0] unless ``need_dx``), dh0 [D, B, P] and dc0 [D, B, H] ([0] without h0,
+        c0), dw_ih [D, 4H, I], dw_hh [D, 4H, P], db [D, 4H] (of either bias), dw_hr [D, P, H] ([0]
         without projection); the last four are [0] unless ``need_dw``. dc0 in c0's dtype, which is
         dc_n's, too; all others in x's.
     """
@@ -419,13 +426,12 @@ def _layer_backward_fake(
     need_dw: bool,
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    T, B, D, H, P = _sizes(x, w_hh)
-    features = x.shape[2]
+    _, B, D, H, P = _sizes(x, w_hh)
     return (
-        x.new_empty((T, B, features) if need_dx else 0),
+        x.new_empty(x.shape if need_dx else 0),
         x.new_empty((D, B, P) if h0 is not None else 0),
         x.new_empty(0) if c0 is None else c0.new_empty(D, B, H),
-        x.new_empty((D, 4 * H, features) if need_dw else 0),
+        x.new_empty((D, *w_ih[0].shape) if need_dw else 0),
         x.new_empty((D, 4 * H, P) if need_dw else 0),
         x.new_empty((D, 4 * H) if need_dw else 0),
         x.new_empty((D, P, H) if need_dw and w_hr else 0),

@@ -36,6 +36,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
 from . import ops
+from .batching import fold
 
 States = tuple[Tensor, Tensor, Tensor]
 
@@ -255,17 +256,8 @@ def _folded(
     """The rule for vmap: a larger batch, or more recurrences where there is a W for each."""
     W_dim = in_dims[6]
     into = 2 if W_dim is None else 1
-
-    def fold(t: Tensor | None, dim: int | None, into: int) -> Tensor | None:
-        if t is None:
-            return None
-        if dim is None:
-            shape = (*t.shape[:into], size, *t.shape[into:])
-            return t.unsqueeze(into).expand(shape).flatten(into, into + 1)
-        return t.movedim(dim, into).flatten(into, into + 1)
-
-    folded = [fold(inputs[k], in_dims[k], into) for k in (0, 1, 2, 3, 4, 5, 7)]
-    W = inputs[6] if W_dim is None else fold(inputs[6], W_dim, 0)
+    folded = [fold(inputs[k], in_dims[k], size, into) for k in (0, 1, 2, 3, 4, 5, 7)]
+    W = inputs[6] if W_dim is None else fold(inputs[6], W_dim, size, 0)
     states = function.apply(*folded[:6], W, folded[6], inputs[8])
     z, c, m = (t.unflatten(into, (size, -1)) for t in states)
     return (z, c, m), (into, into, into)

@@ -49,7 +49,7 @@ class Run:
             D = len(w_hh)
             self._steps = steps = _Steps(x, D, lengths, reset, reversed)
             self._x = x if steps.valid is None else torch.where(steps.valid[:, 0], x, 0)
-            self._w_ih, self._w_hh = torch.cat(tuple(w_ih)), torch.stack(tuple(w_hh))
+            self._w_ih, self._w_hh = torch.stack(tuple(w_ih)), torch.stack(tuple(w_hh))
             self._w_hr = torch.stack(tuple(w_hr)) if w_hr else None
             W = self._w_hh if self._w_hr is None else self._w_hh @ self._w_hr
 
@@ -98,10 +98,9 @@ class Run:
             dx = dw_ih = dw_hh = db = dw_hr = dz.new_empty(0)
             dz_x = steps.restore(dz).flatten(2).to(self._dtype)
             if need_dx:
-                dx = dz_x @ self._w_ih
+                dx = _each_input(dz_x, self._input_weights(self._w_ih))
             if need_dw:
-                dw_ih = dz_x.flatten(0, 1).t() @ self._x.flatten(0, 1)
-                dw_ih = dw_ih.unflatten(0, (steps.D, -1))
+                dw_ih = self._input_products(dz_x)
                 dw_hh = outer_products(dz, self._h_before, self._dtype)
                 db = dz.sum((0, 2)).to(self._dtype)
                 if self._w_hr is not None:
@@ -129,10 +128,10 @@ class Run:
         _, F, _, _, fresh = self._coefficients
         with without_autocast(self._x.device.type):
             inputs: Maybe = None
-            if x is not None:
-                inputs = (x @ self._w_ih.t()).unflatten(2, (steps.D, -1))
-            if (d_ih := _stack(w_ih)) is not None:
-                inputs = add(inputs, (self._x @ d_ih.flatten(0, 1).t()).unflatten(2, (steps.D, -1)))
+            for rows, w in ((x, self._w_ih), (self._x, _stack(w_ih))):
+                if rows is not None and w is not None:
+                    of_each = _each_input(rows, self._input_weights(w).transpose(1, 2))
+                    inputs = add(inputs, of_each.unflatten(2, (steps.D, -1)))
             for part in (bias[: steps.D], bias[steps.D :]):
                 if (d_b := _stack(part)) is not None:
                     inputs = add(inputs, d_b.expand_as(gates))
@@ -157,6 +156,25 @@ class Run:
             dgates = steps.restore(steps.mask(dz * self._slope)).to(gates.dtype)
             dh_n, dc_n = steps.last(dh, h0), steps.last(dc, c0)
             return dy, dh_n.to(y.dtype), dc_n.to(y.dtype), dgates, steps.restore(dc)
+
+    def _input_weights(self, w_ih: Tensor) -> Tensor:
+        """w_ih [D, 4H, I] as [n, D/n * 4H, I], for the n inputs that x holds side by side."""
+        features = w_ih.shape[2]
+        count = self._x.shape[2] // features if features > 0 else 1
+        return w_ih.unflatten(0, (count, -1)).flatten(1, 2)
+
+    def _input_products(self, dz: Tensor) -> Tensor:
+        """dz^T x [D, 4H, I] over all rows, each recurrence's with its input."""
+        count = self._input_weights(self._w_ih).shape[0]
+        rows = (t.flatten(0, 1).unflatten(1, (count, -1)).transpose(0, 1) for t in (dz, self._x))
+        return torch.bmm(next(rows).transpose(1, 2), next(rows)).view(self._w_ih.shape)
+
+
+def _each_input(rows: Tensor, w: Tensor) -> Tensor:
+    """rows [T, B, n*K] w [n, K, N], part by part: [T, B, n*N]."""
+    if w.shape[0] == 1:
+        return rows @ w[0]
+    return torch.einsum("tbnk,nkm->tbnm", rows.unflatten(2, (w.shape[0], -1)), w).flatten(2)
 
 
 def _stack(changes: Sequence[Maybe]) -> Maybe:

@@ -252,28 +252,40 @@ def test_forward_mode_transforms(transform: str, mode: str, device: str) -> None
         close(f(fused, x), expected, 1e-11)
 
 
-UNSUPPORTED: dict[str, Callable[[FusedLSTM, Tensor], Any]] = {
-    "vmap": lambda m, x: torch.func.vmap(lambda x: m(x)[0])(x.expand(3, -1, -1, -1)),
-    "per-sample": lambda m, x: torch.func.vmap(
-        torch.func.grad(
-            lambda w, x: torch.func.functional_call(m, {"weight_hh_l0": w}, x)[0].sum()
-        ),
-        (None, 1),
-    )(m.weight_hh_l0.detach(), x[:, :, None]),
-}
+def grad_of_weights(m: FusedLSTM, x: Tensor) -> dict[str, Tensor]:
+    weights = {k: p.detach() for k, p in m.named_parameters()}
+    return torch.func.grad(
+        lambda w: torch.func.functional_call(m, w, (x,))[0].pow(2).sum()  # type: ignore[no-any-return]
+    )(weights)
 
 
-@pytest.mark.parametrize("mode", ["grad", "no_grad"])
-@pytest.mark.parametrize("transform", UNSUPPORTED)
-def test_unsupported_transforms_raise(transform: str, mode: str, device: str) -> None:
-    """Never zeros or wrong numbers; and what the message advises works."""
-    fused, reference = both(device)
-    x = x64(device=device)
-    with torch.set_grad_enabled(mode == "grad"):
-        with pytest.raises(NotImplementedError, match=r'does not support .*backend="torch" runs'):
-            UNSUPPORTED[transform](fused, x)
-        value = UNSUPPORTED[transform](reference, x)
-    assert torch.isfinite(value).all() and value.abs().sum() > 0
+def test_autograd_through_func_grad(device: str) -> None:
+    """torch.func differentiates once and cannot see that others go on."""
+    fused, reference = both(device, num_layers=2, bidirectional=True, proj_size=2)
+    x = x64(device=device).requires_grad_()
+
+    def further(m: FusedLSTM) -> list[Tensor]:
+        second = sum(g.pow(2).sum() for g in grad_of_weights(m, x).values())
+        (by_x,) = torch.autograd.grad(second, x, create_graph=True)  # type: ignore[arg-type]
+        return [by_x, *torch.autograd.grad(by_x.pow(2).sum(), x)]
+
+    for a, b in zip(further(fused), further(reference), strict=True):
+        assert b.abs().sum() > 0
+        close(a, b, 1e-11)
+
+
+def test_forward_ad_through_func_grad(device: str) -> None:
+    fused, reference = both(device, num_layers=2, bidirectional=True, proj_size=2)
+    x, dx = x64(device=device), x64(device=device).cos()
+
+    def tangents(m: FusedLSTM) -> list[Tensor]:
+        with forward_ad.dual_level():
+            grads = grad_of_weights(m, forward_ad.make_dual(x, dx)).values()
+            return [forward_ad.unpack_dual(g).tangent for g in grads]  # type: ignore[misc]
+
+    for a, b in zip(tangents(fused), tangents(reference), strict=True):
+        assert b.abs().sum() > 0
+        close(a, b, 1e-11)
 
 
 def test_forward_ad_elsewhere_does_not_matter(device: str) -> None:
@@ -285,12 +297,14 @@ def test_forward_ad_elsewhere_does_not_matter(device: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["grad", "no_grad"])
-def test_vmap_raises_when_compiled(mode: str, device: str) -> None:
+def test_vmap_when_compiled(mode: str, device: str) -> None:
+    """It runs outside the graph, as forward mode does."""
     torch._dynamo.reset()
-    fused, _ = both(device)
-    compiled = torch.compile(lambda x: UNSUPPORTED["vmap"](fused, x), backend="aot_eager")
-    with torch.set_grad_enabled(mode == "grad"), pytest.raises(NotImplementedError):
-        compiled(x64(device=device))
+    fused, reference = both(device)
+    x = x64(device=device).expand(3, -1, -1, -1) + torch.arange(3, device=device).view(3, 1, 1, 1)
+    compiled = torch.compile(lambda x: torch.func.vmap(fused)(x)[0], backend="aot_eager")
+    with torch.set_grad_enabled(mode == "grad"):
+        close(compiled(x), torch.stack([reference(member)[0] for member in x]))
 
 
 @pytest.mark.parametrize("mode", ["grad", "no_grad"])

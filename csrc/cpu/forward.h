@@ -185,7 +185,8 @@ class ForwardJob {
 
   // The row of x at t, b; a converted copy in slot `index` where x is not in the form of operands.
   const Unit* input_at(const Walk& walk, int64_t t, int64_t b, int64_t index) const {
-    const S* x = static_cast<const S*>(p_.x) + t * p_.x_stride_t + (b0_ + b) * p_.x_stride_b;
+    const S* x = static_cast<const S*>(p_.x) + t * p_.x_stride_t + (b0_ + b) * p_.x_stride_b +
+                 s_.input_of(d_) * s_.I;
     if (!walk.x) return reinterpret_cast<const Unit*>(x);
     Unit* out = walk.x + index * units<M>(s_.I);
     for (int64_t k = 0; k < units<M>(s_.I); k += kLanes<Unit>) {

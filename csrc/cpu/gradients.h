@@ -70,14 +70,16 @@ class GradientJob {
       if (s_.projected) std::memset(static_cast<void*>(dw_.w_hr), 0, sizeof(T) * s_.P * s_.H);
     }
     for (int64_t t = 0; p_.dx && d_ == 0 && t < s_.T; ++t) {
-      T* const dx = static_cast<T*>(p_.dx) + (t * s_.B + chunk_.b0) * s_.I;
-      std::memset(static_cast<void*>(dx), 0, sizeof(T) * chunk_.rows * s_.I);
+      const int64_t width = s_.inputs * s_.I;
+      T* const dx = static_cast<T*>(p_.dx) + (t * s_.B + chunk_.b0) * width;
+      std::memset(static_cast<void*>(dx), 0, sizeof(T) * chunk_.rows * width);
     }
   }
 
   // The active rows of steps first .. last.
   void plan_chunk(Walk& walk, int64_t first, int64_t last) const {
     walk.count = 0;
+    const int64_t input = s_.input_of(d_);
     for (int64_t index = first; index < last; ++index) {
       const int64_t t = schedule_.time(index);
       for (int64_t row = 0; row < chunk_.rows; ++row) {
@@ -94,9 +96,9 @@ class GradientJob {
             chunk_.dgates_at(slot),
             chunk_.dh_at(slot),
             chunk_.m_at(slot),
-            static_cast<const S*>(p_.x) + t * p_.x_stride_t + b * p_.x_stride_b,
+            static_cast<const S*>(p_.x) + t * p_.x_stride_t + b * p_.x_stride_b + input * s_.I,
             h_prev,
-            p_.dx ? static_cast<T*>(p_.dx) + (t * s_.B + b) * s_.I : nullptr};
+            p_.dx ? static_cast<T*>(p_.dx) + ((t * s_.B + b) * s_.inputs + input) * s_.I : nullptr};
       }
     }
   }

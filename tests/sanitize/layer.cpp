@@ -110,7 +110,7 @@ struct Layer {
   std::vector<C> gates, cells, dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr;
 
   Layer(const Case& which, Dtype dtype) : c(which) {
-    shape = {dtype, c.T, c.B, c.D, c.I, c.H, P, c.D == 2 ? 2u : 0u, c.P > 0};
+    shape = {dtype, c.T, c.B, c.D, c.I, c.H, P, c.D == 2 ? 2u : 0u, c.P > 0, 1};
     for (int64_t b = 0; b < c.B; ++b) lengths.push_back(b % 3 == 1 ? 0 : c.T - b % 2 * c.T / 2);
     for (int64_t k = 0; k < rows; ++k) reset.push_back(g() % 4 == 0);
   }
