@@ -17,7 +17,7 @@
 #include "cuda/pack.h"
 #include "cuda/plan.h"
 #include "ops.h"
-#include "ops_projection.h"
+#include "ops_cuda_call.h"
 
 #if !defined(LSTM_EMULATE)
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -26,11 +26,6 @@
 
 namespace lstm_cuda {
 namespace {
-
-// [D, 4H, P]
-Tensor stacked_w_hh(const Inputs& in) {
-  return shaped(cat(in.w_hh), {in.shape.D, 4 * in.shape.H, in.shape.P});
-}
 
 #if defined(LSTM_EMULATE)
 struct Context {
@@ -52,162 +47,6 @@ struct Context {
   }
 };
 #endif
-
-// Families whose kernels keep the weights. For them alone, weights are packed. What the initial state
-// is multiplied with is torch's for them, and wherever a projection is folded:
-// gates_x[first step] += h0 w_hh^T, dh0 = dgates[first step] w_hh.
-bool keeps_weights(Family family) {
-  return family == Family::rec_cluster || family == Family::rec_group;
-}
-
-// Memory that the kernels of one call need besides operands and results.
-struct Scratch {
-  Tensor memory;
-  PackedWeights weights{};  // of families with resident weights
-  void* words = nullptr;    // of rec_group
-
-  Scratch(const Inputs& in, int64_t bytes) : memory(empty({bytes}, ScalarType::Byte, in.x)) {}
-  std::byte* data() const { return static_cast<std::byte*>(memory.data_ptr()); }
-};
-
-// A call forward: what kernels are told, and what torch multiplies for them.
-struct Forward {
-  static constexpr bool kBackward = false;
-  const Inputs& in;
-  Products products;
-  OptionalTensor biases;  // [D * 4H], the sum
-  OptionalTensor packed;  // weights that were packed before, in this layout
-  int64_t layout;
-  Tensor y, h_n;
-  RecurrenceForward p{};
-  Tensor gates{};  // [T, B, D, 4H]
-
-  // Once for all families that are tried.
-  void multiply_input() {
-    if (p.gates) return;
-    const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
-    gates = result_shaped(products.linear(in.x, cat(in.w_ih), biases), {T, B, D, 4 * H});
-    p.gates = gates.data_ptr();
-  }
-
-  Status start(const CudaPlan& plan, const Scratch& scratch, Stream stream) const {
-    switch (plan.family) {
-      case Family::rec_cta:
-        return rec_cta_forward(p, plan, stream);
-      case Family::rec_cluster:
-        return rec_cluster_forward(p, plan, scratch.weights, stream);
-      case Family::rec_group:
-        return rec_group_forward(p, plan, scratch.weights, scratch.words, stream);
-      default:
-        return rec_step_forward(p, plan, scratch.data(), stream);
-    }
-  }
-  Status add_initial_state(Stream stream) const {
-    if (!p.h0) return {};
-    const Tensor product = bmm(*in.h0, transpose(stacked_w_hh(in), 1, 2));
-    return add_initial_product(in.shape, product.data_ptr(), p.lengths, p.reset, p.gates, stream);
-  }
-  Status start_resident(const CudaPlan& plan, const Scratch& scratch, Stream stream) const {
-    const Status status = add_initial_state(stream);
-    return status.ok() ? start(plan, scratch, stream) : status;
-  }
-
-  // What comes before and after a recurrence over m, with a projection folded into its weights.
-  Status before_folded(Forward& over_m, Stream stream) const {
-    const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
-    over_m.y = empty({T, B, D * H}, in.type, in.x);
-    over_m.h_n = empty({D, B, H}, in.type, in.x);
-    over_m.p.y = over_m.y.data_ptr();
-    over_m.p.h_n = over_m.h_n.data_ptr();
-    over_m.p.h0 = nullptr;
-    return add_initial_state(stream);
-  }
-  Status after_folded(const Forward& over_m, Stream stream) {
-    const auto project = [&](const Tensor& m, int64_t d) {
-      return products.linear(m, in.w_hr[d], {});
-    };
-    y = result_shaped(each_recurrence(over_m.y, in.shape, project), sizes_of(y));
-    return last_outputs(in.shape, y.data_ptr(), p.h0, p.lengths, p.h_n, stream);
-  }
-  // Whether a launch is refused is known only after h0's product was put in gates_x, where the next
-  // family would add it again; of several launches, the first may have saved gates there, too. That
-  // happens once, so gates_x is made anew.
-  void undo_resident() { p.gates = nullptr; }
-
-  // Weights that need not be packed any more.
-  const void* packed_before(const CudaPlan& plan, int64_t bytes) const {
-    if (!packed || layout != packed_layout(plan)) return nullptr;
-    STD_TORCH_CHECK(packed->numel() == bytes, "lstm_cuda: packed must have ", bytes,
-                    " bytes for this layer; got ", packed->numel());
-    return packed->data_ptr();
-  }
-};
-
-struct Backward {
-  static constexpr bool kBackward = true;
-  const Inputs& in;
-  Products products;
-  OptionalTensor dy, dh_n;
-  Tensor dgates, dh0;
-  bool need_dh;  // where the recurrence does without
-  RecurrenceBackward p{};
-
-  Status start(const CudaPlan& plan, const Scratch& scratch, Stream stream) const {
-    switch (plan.family) {
-      case Family::rec_cta:
-        return rec_cta_backward(p, plan, stream);
-      case Family::rec_cluster:
-        return rec_cluster_backward(p, plan, scratch.weights, stream);
-      case Family::rec_group:
-        return rec_group_backward(p, plan, scratch.weights, scratch.words, stream);
-      default:
-        return rec_step_backward(p, plan, scratch.data(), stream);
-    }
-  }
-  Status start_resident(const CudaPlan& plan, const Scratch& scratch, Stream stream) {
-    const Status status = start(plan, scratch, stream);
-    return status.ok() ? finish_initial_state(stream) : status;
-  }
-  Status finish_initial_state(Stream stream) {
-    if (!p.dh0) return {};
-    const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
-    const Tensor first = empty({D, B, 4 * H}, in.type, in.x);
-    const Status status =
-        first_dgates(in.shape, p.dgates, p.lengths, p.reset, first.data_ptr(), stream);
-    if (!status.ok()) return status;
-    dh0 = bmm(first, stacked_w_hh(in));
-    return finish_dh0(in.shape, p.dh_n, p.lengths, p.reset, dh0.data_ptr(), stream);
-  }
-  void multiply_input() {}
-
-  // What comes before and after a recurrence over m, with a projection folded into its weights.
-  Status before_folded(Backward& over_m, Stream) const {
-    const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
-    const auto project = [&](const Tensor& rows, int64_t d) {
-      return products.multiply(rows, in.w_hr[d]);
-    };
-    if (dy) over_m.dy = each_recurrence(*dy, in.shape, project);
-    if (dh_n) over_m.dh_n = bmm(*dh_n, shaped(cat(in.w_hr), {D, P, H}));
-    over_m.p.dy = pointer(over_m.dy);
-    over_m.p.dh_n = pointer(over_m.dh_n);
-    over_m.p.dh = over_m.p.dh0 = nullptr;
-    return {};
-  }
-  Status after_folded(const Backward&, Stream stream) {
-    if (need_dh) {
-      const auto back = [&](const Tensor& rows, int64_t d) {
-        return products.multiply(rows, in.w_hh[d]);
-      };
-      const Tensor product = each_recurrence(dgates, in.shape, back);
-      const Status status = output_gradients(in.shape, p.dy, p.dh_n, product.data_ptr(), p.lengths,
-                                             p.reset, p.dh, stream);
-      if (!status.ok()) return status;
-    }
-    return finish_initial_state(stream);
-  }
-  void undo_resident() {}  // what was given is as it was, and results are written again
-  static const void* packed_before(const CudaPlan&, int64_t) { return nullptr; }
-};
 
 template <class Call>
 Status start(Call& call, const CudaPlan& plan, const Context& context) {
@@ -332,7 +171,7 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
   }
   const Tensor h_n = empty({D, B, P}, in.type, x), c_n = empty({D, B, H}, in.c_type, x);
 
-  Forward forward{in, Products(x, allow_tf32, context.stream), biases, packed, layout, y, h_n};
+  ForwardCall forward{in, Products(x, allow_tf32, context.stream), biases, packed, layout, y, h_n};
   RecurrenceForward& p = forward.p;
   fill(p, in);
   p.h0 = pointer(in.h0);
@@ -377,9 +216,9 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const Tensor dh = projected ? empty({rows, D, P}, in.type, x) : nothing;
   const Tensor dc0 = c0 ? empty({D, B, H}, in.c_type, x) : nothing;
   const Products products(x, allow_tf32, context.stream);
-  Backward backward{in,         products, grads.dy,
-                    grads.dh_n, dgates,   h0 ? empty({D, B, P}, in.type, x) : nothing,
-                    need_dw};
+  BackwardCall backward{in,         products, grads.dy,
+                        grads.dh_n, dgates,   h0 ? empty({D, B, P}, in.type, x) : nothing,
+                        need_dw};
   RecurrenceBackward& p = backward.p;
   fill(p, in);
   p.gates = grads.gates.data_ptr();
