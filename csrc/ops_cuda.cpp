@@ -150,7 +150,7 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
                             bool allow_tf32, const OptionalTensor& packed, int64_t layout) {
   const Tensors bias = bias_or_none.value_or(Tensors{}), w_hr = w_hr_or_none.value_or(Tensors{});
   const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
-  const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
+  const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
   const ScalarType compute = compute_type(in.type);
   const Tensors b = checked("bias", bias, bias.empty() ? 0 : 2 * D, {4 * H}, in.type, x);
   const Context context(x);
@@ -194,7 +194,7 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
                               bool allow_tf32) {
   const Tensors w_hr = w_hr_or_none.value_or(Tensors{});
   const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
-  const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
+  const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
   const Gradients grads(in, dy, dh_n, dc_n, dc, y, gates, c, in.type);
   const Context context(x);
   const Tensor nothing = empty({0}, in.type, x);
@@ -202,7 +202,7 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
     const auto zeros_if = [&](bool wanted, const Sizes& sizes) {
       return wanted ? state_or_zeros({}, sizes, in.type, x) : nothing;
     };
-    return {zeros_if(need_dx, {T, B, I}),
+    return {zeros_if(need_dx, {T, B, inputs * I}),
             h0 ? state_or_zeros(grads.dh_n, {D, B, P}, in.type, x) : nothing,
             c0 ? state_or_zeros(grads.dc_n, {D, B, H}, in.c_type, x) : nothing,
             zeros_if(need_dw, {D, 4 * H, I}),
@@ -235,12 +235,12 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
 
   const Tensor flat = shaped(dgates, {rows, D * 4 * H});
   Tensor dx = nothing, dw_ih = nothing, dw_hh = nothing, db = nothing, dw_hr = nothing;
-  if (need_dx) dx = shaped(products.multiply(flat, cat(in.w_ih)), {T, B, I});
+  if (need_dx) dx = shaped(products.multiply_each(flat, cat(in.w_ih), inputs), {T, B, inputs * I});
   if (need_dw) {
     // What stands in x past a row's length must not meet the zeros of dgates: it may be NaN.
     Tensor x_rows = in.x;
     if (lengths) {
-      x_rows = empty({rows, I}, in.type, x);
+      x_rows = empty({rows, inputs * I}, in.type, x);
       check(copy_input(in.shape, in.x.data_ptr(), in.x.stride(0), in.x.stride(1), p.lengths,
                        x_rows.data_ptr(), context.stream));
     }
@@ -250,7 +250,7 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
     const Tensor h_prev = empty({rows, D * P}, in.type, x);
     check(copy_previous_h(in.shape, grads.y.data_ptr(), pointer(in.h0), p.lengths, p.reset,
                           h_prev.data_ptr(), context.stream));
-    std::vector<Products::OverRows> wanted{{flat, x_rows, 1}, {flat, h_prev, D}};
+    std::vector<Products::OverRows> wanted{{flat, x_rows, inputs}, {flat, h_prev, D}};
     if (projected) {
       const Tensor m = empty({rows, D * H}, in.type, x);
       check(cell_outputs(in.shape, p.gates, p.c, p.lengths, m.data_ptr(), context.stream));

@@ -48,8 +48,9 @@ struct ForwardCall {
   // Once for all families that are tried.
   void multiply_input() {
     if (p.gates) return;
-    const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
-    gates = result_shaped(products.linear(in.x, cat(in.w_ih), biases), {T, B, D, 4 * H});
+    const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
+    gates =
+        result_shaped(products.linear_each(in.x, cat(in.w_ih), biases, inputs), {T, B, D, 4 * H});
     p.gates = gates.data_ptr();
   }
 
@@ -77,7 +78,7 @@ struct ForwardCall {
 
   // What comes before and after a recurrence over m, with a projection folded into its weights.
   Status before_folded(ForwardCall& over_m, Stream stream) const {
-    const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
+    const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
     over_m.y = empty({T, B, D * H}, in.type, in.x);
     over_m.h_n = empty({D, B, H}, in.type, in.x);
     over_m.p.y = over_m.y.data_ptr();
@@ -133,7 +134,7 @@ struct BackwardCall {
   }
   Status finish_initial_state(Stream stream) {
     if (!p.dh0) return {};
-    const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
+    const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
     const Tensor first = empty({D, B, 4 * H}, in.type, in.x);
     const Status status =
         first_dgates(in.shape, p.dgates, p.lengths, p.reset, first.data_ptr(), stream);
@@ -145,7 +146,7 @@ struct BackwardCall {
 
   // What comes before and after a recurrence over m, with a projection folded into its weights.
   Status before_folded(BackwardCall& over_m, Stream) const {
-    const auto& [dtype, T, B, D, I, H, P, bits, projected] = in.shape;
+    const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
     const auto project = [&](const Tensor& rows, int64_t d) {
       return products.multiply(rows, in.w_hr[d]);
     };

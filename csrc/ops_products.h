@@ -3,6 +3,12 @@
 // pays for go through float16 instead (cuda/scaled_product.h).
 #pragma once
 
+#if defined(LSTM_EMULATE)
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#else
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#endif
+
 #include <array>
 #include <atomic>
 
@@ -39,13 +45,25 @@ inline Tensor result_shaped(const Tensor& t, const Sizes& sizes) {
 }
 inline Tensor mm(const Tensor& a, const Tensor& b) { return call("aten::mm", "", a, b); }
 inline Tensor bmm(const Tensor& a, const Tensor& b) { return call("aten::bmm", "", a, b); }
+// sum += a b, of each pair in a batch. Of any strides, as the result of a product may be. (Scalars, as
+// torch's op has them, do not go through its dispatcher.)
+inline void add_bmm(const Tensor& sum, const Tensor& a, const Tensor& b) {
+#if defined(LSTM_EMULATE)
+  constexpr auto add = aoti_torch_cpu_baddbmm_out;
+#else
+  constexpr auto add = aoti_torch_cuda_baddbmm_out;
+#endif
+  TORCH_ERROR_CODE_CHECK(add(sum.get(), sum.get(), a.get(), b.get(), 1, 1));
+}
 
 inline void check(const Status& status) {
   STD_TORCH_CHECK(status.ok(), "lstm_cuda: ", status.message);
 }
 
-// a b, or of each pair in a batch, for float16 a and b, with sums and results in float32.
-inline std::optional<Tensor> half_product(const Tensor& a, const Tensor& b) {
+// a b, or of each pair in a batch, for float16 a and b, with sums and results in float32. The results of
+// a batch may be wanted somewhere.
+inline std::optional<Tensor> half_product(const Tensor& a, const Tensor& b,
+                                          const OptionalTensor& to = {}) {
   const bool batched = a.dim() == 3;
 #if defined(LSTM_EMULATE)
   // CPUs have no such product (so asking for it is a way to be refused). This one rounds where that does.
@@ -54,9 +72,11 @@ inline std::optional<Tensor> half_product(const Tensor& a, const Tensor& b) {
       Tensor wide = empty(sizes_of(t), ScalarType::Float, t);
       return torch::stable::copy_(wide, t);
     };
+    if (to) return call("aten::bmm", "out", widened(a), widened(b), *to);
     return batched ? bmm(widened(a), widened(b)) : mm(widened(a), widened(b));
   }
 #endif
+  if (to) return try_call("aten::bmm", "dtype_out", a, b, ScalarType::Float, *to);
   return try_call(batched ? "aten::bmm" : "aten::mm", "dtype", a, b, ScalarType::Float);
 }
 
@@ -89,6 +109,40 @@ class Products {
                          {});
         },
         [&] { return mm(a, b); });
+  }
+
+  // The same of n pairs side by side. x: [M, n K] or [T, B, n K]; w: [n N, K]; bias: [n N]; the result:
+  // [M, n N].
+  Tensor linear_each(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
+                     int64_t n) const {
+    if (n == 1) return linear(x, w, bias);
+    const Tensor a = split(x, n);
+    const int64_t K = w.size(1), N = w.size(0) / n;
+    return scaled_if(
+        worth_scaling(a.size(0), N, K, n),
+        [&] {
+          const std::vector<Scaled> of = convert<scale_rows>({a, w});
+          const Tensor b = transpose(shaped(of[1].values, {n, N, padded(K)}), 1, 2);
+          return product_each(of[0], b, of[1].exponents, bias);
+        },
+        [&] { return exact_each(a, transpose(shaped(w, {n, N, K}), 1, 2), bias); });
+  }
+
+  // a: [M, n K], b: [n K, N]; the result: [M, n N].
+  Tensor multiply_each(const Tensor& all, const Tensor& b, int64_t n) const {
+    if (n == 1) return multiply(all, b);
+    const Tensor a = split(all, n);
+    const int64_t K = b.size(0) / n, N = b.size(1);
+    const Tensor each = shaped(b, {n, K, N});
+    return scaled_if(
+        worth_scaling(a.size(0), N, K, n),
+        [&] {
+          const Tensor beside = torch::stable::contiguous(transpose(each, 0, 1));
+          const Scaled left = convert<scale_rows>({a})[0],
+                       right = convert<scale_columns>({shaped(beside, {K, n * N})})[0];
+          return product_each(left, by_recurrence(columns(right, n * N), n), right.exponents, {});
+        },
+        [&] { return exact_each(a, each, {}); });
   }
 
   // For each recurrence d the sum over rows of a[row, d, :]^T b[row, d, :]: [D, M, N]. a: [rows, D * M],
@@ -165,6 +219,11 @@ class Products {
             steps ? t.stride(0) : 0,
             t.stride(steps ? 1 : 0)};
   }
+  // n matrices side by side, [M, n K] or [T, B, n K], as [M, n, K].
+  static Tensor split(const Tensor& t, int64_t n) {
+    const Tensor rows = flat(t);
+    return shaped(rows, {rows.size(0), n, rows.size(1) / n});
+  }
   // [rows, D * N] as [D, rows, N].
   static Tensor by_recurrence(const Tensor& t, int64_t D) {
     return transpose(shaped(t, {t.size(0), D, t.size(1) / D}), 0, 1);
@@ -206,6 +265,34 @@ class Products {
                    static_cast<const int*>(a_exponents.data_ptr()),
                    static_cast<const int*>(b_exponents.data_ptr()), pointer<const float*>(bias)},
                   stream_));
+    return result;
+  }
+
+  // a[:, k] b[k] + bias[k], side by side. a: [M, n, K], b: [n, K, N], bias: [n N].
+  static Tensor exact_each(const Tensor& a, const Tensor& b, const OptionalTensor& bias) {
+    const int64_t n = b.size(0);
+    Tensor result = empty({a.size(0), n * b.size(2)}, a.scalar_type(), a);
+    const Tensor each = by_recurrence(result, n), a_each = transpose(a, 0, 1);
+    if (bias) {
+      torch::stable::copy_(result, *bias);
+      add_bmm(each, a_each, b);
+    } else {
+      call("aten::bmm", "out", a_each, b, each);
+    }
+    return result;
+  }
+  // The same from converted matrices, of which a has rows [M, n].
+  std::optional<Tensor> product_each(const Scaled& a, const Tensor& b, const Tensor& b_exponents,
+                                     const OptionalTensor& bias) const {
+    const int64_t n = b.size(0), M = a.values.size(0) / n, N = b.size(2);
+    const Tensor result = empty({M, n * N}, ScalarType::Float, b);
+    const Tensor a_each = transpose(shaped(a.values, {M, n, a.values.size(1)}), 0, 1);
+    if (!half_product(a_each, b, by_recurrence(result, n))) return {};
+    check(unscale(
+        {static_cast<float*>(result.data_ptr()), n, M, N,
+         static_cast<const int*>(a.exponents.data_ptr()),
+         static_cast<const int*>(b_exponents.data_ptr()), pointer<const float*>(bias), true},
+        stream_));
     return result;
   }
 

@@ -19,12 +19,12 @@ enum class Dtype { float64, float32, float16, bfloat16 };
 constexpr int kMaxRecurrences = 64;  // D of one call
 
 struct LayerShape {
-  Dtype dtype;        // of every floating tensor but the reserve
-  int64_t T, B, D;    // time, batch, recurrences
-  int64_t I, H, P;    // input, hidden and output (projected) sizes
-  uint64_t reversed;  // bit d: recurrence d runs from the last step to the first
-  bool projected;     // h = w_hr (o * tanh(c)); otherwise h = o * tanh(c)
-  int64_t inputs;     // that x holds side by side; each is read by D / inputs recurrences in a row
+  Dtype dtype;         // of every floating tensor but the reserve
+  int64_t T, B, D;     // time, batch, recurrences
+  int64_t I, H, P;     // input, hidden and output (projected) sizes
+  uint64_t reversed;   // bit d: recurrence d runs from the last step to the first
+  bool projected;      // h = w_hr (o * tanh(c)); otherwise h = o * tanh(c)
+  int64_t inputs = 1;  // that x holds side by side; D / inputs recurrences in a row read each
 
   LSTM_HOST_DEVICE int64_t input_of(int64_t d) const { return d / (D / inputs); }
 };

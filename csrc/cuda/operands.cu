@@ -56,9 +56,9 @@ LSTM_KERNEL(kThreads)
 copy_input_kernel(LSTM_PARAMETER CopyInput p) {
   using Element = typename Types<a>::Element;
   const Schedule schedule = schedule_of(p.shape, 0, p.lengths, nullptr);
-  const int64_t B = p.shape.B, I = p.shape.I;
-  each(p.shape.T * B * I, [&](int64_t index) {
-    const int64_t t = index / (B * I), b = index / I % B, j = index % I;
+  const int64_t B = p.shape.B, width = p.shape.inputs * p.shape.I;
+  each(p.shape.T * B * width, [&](int64_t index) {
+    const int64_t t = index / (B * width), b = index / width % B, j = index % width;
     Element v = to_element<Element>(typename Types<a>::Compute(0));
     if (schedule.active(t, b))
       v = static_cast<const Element*>(p.x)[t * p.stride_t + b * p.stride_b + j];
@@ -266,8 +266,8 @@ Status copy_input(const LayerShape& shape, const void* x, int64_t x_stride_t, in
                   const int64_t* lengths, void* to, Stream stream) {
   const CopyInput p{shape, x, x_stride_t, x_stride_b, lengths, to};
   return by_dtype(shape.dtype, [&]<Arithmetic a>() {
-    return launch<copy_input_kernel<a>>(grid_for("copy_input", shape.T * shape.B * shape.I), p,
-                                        stream);
+    return launch<copy_input_kernel<a>>(
+        grid_for("copy_input", shape.T * shape.B * shape.inputs * shape.I), p, stream);
   });
 }
 

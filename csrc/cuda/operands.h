@@ -9,7 +9,7 @@ namespace lstm_cuda {
 Status add_biases(const LayerShape& shape, const void* const* b_ih, const void* const* b_hh,
                   void* to, Stream stream);
 
-// to[T, B, I] = x with any strides, and 0 past a row's length, whatever stands there.
+// to[T, B, inputs * I] = x with any strides, and 0 past a row's length, whatever stands there.
 Status copy_input(const LayerShape& shape, const void* x, int64_t x_stride_t, int64_t x_stride_b,
                   const int64_t* lengths, void* to, Stream stream);
 

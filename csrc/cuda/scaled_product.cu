@@ -197,14 +197,16 @@ unscale_kernel(LSTM_PARAMETER Unscale p) {
   const unsigned rows = left < p.rows_in_block ? unsigned(left) : p.rows_in_block;
   for (unsigned i = ptx::thread_index(); i < rows * pieces; i += kThreads) {
     const int64_t row = first + i / pieces, column = int64_t(i % pieces) * width;
-    const int64_t batch = product.batches == 1 ? 0 : row / product.rows;
+    const int64_t batch = product.batches == 1   ? 0
+                          : product.side_by_side ? row % product.batches
+                                                 : row / product.rows;
+    const int64_t of_batch = batch * product.columns + column;
     float* const at = product.values + row * product.columns + column;
     auto values = ptx::load<Piece<float, width>>(at);
-    const auto exponents =
-        ptx::load<Piece<int, width>>(product.column_exponents + batch * product.columns + column);
+    const auto exponents = ptx::load<Piece<int, width>>(product.column_exponents + of_batch);
     const int row_exponent = product.row_exponents[row];
     Piece<float, width> bias{};
-    if (product.bias) bias = ptx::load<Piece<float, width>>(product.bias + column);
+    if (product.bias) bias = ptx::load<Piece<float, width>>(product.bias + of_batch);
     LSTM_UNROLL
     for (int k = 0; k < width; ++k) {
       // In two steps, of which neither leaves the range of floats unless both together do.
@@ -289,15 +291,15 @@ Status unscale(const ScaledProduct& product, Stream stream) {
                                       : launch<unscale_kernel<1>>(shape, p, stream);
 }
 
-bool worth_scaling(int64_t rows, int64_t columns, int64_t depth) {
+bool worth_scaling(int64_t rows, int64_t columns, int64_t depth, int64_t batches) {
 #if defined(LSTM_EMULATE)
   if (emulation::scale_all_products) return rows > 0 && columns > 0 && depth > 0;
 #endif
   constexpr int64_t kLeast = 128;
   constexpr double kLeastProduct = double(1 << 28);
   return std::min({rows, columns, depth}) >= kLeast &&
-         double(rows) * double(columns) * double(depth) >= kLeastProduct &&
-         std::max({rows, columns, depth}) < INT_MAX - kScaledMultiple;
+         double(batches) * double(rows) * double(columns) * double(depth) >= kLeastProduct &&
+         batches * std::max({rows, columns, depth}) < INT_MAX - kScaledMultiple;
 }
 
 }  // namespace lstm_cuda

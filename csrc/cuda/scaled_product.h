@@ -50,23 +50,25 @@ Status scale_rows(const ScaledOperand* operands, int count, Stream stream);
 Status scale_columns(const ScaledOperand* operands, int count, Stream stream);
 int64_t column_maxima(const Matrix& matrix);
 
-// What a product of two scaled operands gave, [batches, rows, columns] without gaps, becomes the
-// product of what they were converted from, plus a bias [columns] (null: none).
+// What a product of two scaled operands gave, [batches, rows, columns] without gaps or, side by side,
+// [rows, batches, columns], becomes the product of what they were converted from, plus a bias (null:
+// none).
 struct ScaledProduct {
   float* values;
   int64_t batches, rows, columns;
-  const int* row_exponents;     // [batches, rows]
+  const int* row_exponents;     // [batches, rows] or, side by side, [rows, batches]
   const int* column_exponents;  // [batches, columns]
-  const float* bias;
+  const float* bias;            // [batches, columns]
+  bool side_by_side = false;
 };
 Status unscale(const ScaledProduct& product, Stream stream);
 
-// Whether it pays to multiply [rows, depth] by [depth, columns] like this. Estimated, not measured:
-// exact float32 runs at some 50 TFLOP/s and this at 10 times that, but conversions and scaling back
-// move 8 bytes for each result and 6 to 10 for each operand, at some 3 TB/s, in three launches of 2 to
-// 3 us. Below 128 in any one size memory takes all of the gain, and below 2^28 multiply-adds, 10 us,
-// launches do.
-bool worth_scaling(int64_t rows, int64_t columns, int64_t depth);
+// Whether it pays to multiply [rows, depth] by [depth, columns] like this, in so many batches at once.
+// Estimated, not measured: exact float32 runs at some 50 TFLOP/s and this at 10 times that, but
+// conversions and scaling back move 8 bytes for each result and 6 to 10 for each operand, at some
+// 3 TB/s, in three launches of 2 to 3 us. Below 128 in any one size memory takes all of the gain, and
+// below 2^28 multiply-adds, 10 us, launches do.
+bool worth_scaling(int64_t rows, int64_t columns, int64_t depth, int64_t batches = 1);
 
 // torch refused to multiply float16 into float32, as it does while its user asks for sums in float16
 // (torch.backends.cuda.matmul.allow_fp16_accumulation). It is not asked again in this process: each

@@ -199,19 +199,21 @@ std::string scale_back(Random& random) {
   for (float& v : before) v = random.wide();
   before[0] = kNan;
   before.back() = float(kInfinity);
-  const bool with_bias = batches == 1 && random.below(2);
-  for (int64_t k = 0; k < columns; ++k) bias.push_back(random.wide());
+  const bool with_bias = random.below(2), side_by_side = random.below(2);
+  for (int64_t k = 0; k < batches * columns; ++k) bias.push_back(random.wide());
   const emulation::DeviceBuffer<int> row_buffer(of_rows), column_buffer(of_columns);
   const emulation::DeviceBuffer<float> values(before), bias_buffer(bias);
-  const Status status = unscale({values.data(), batches, rows, columns, row_buffer.data(),
-                                 column_buffer.data(), with_bias ? bias_buffer.data() : nullptr},
-                                {});
+  const Status status =
+      unscale({values.data(), batches, rows, columns, row_buffer.data(), column_buffer.data(),
+               with_bias ? bias_buffer.data() : nullptr, side_by_side},
+              {});
   if (!status.ok()) return status.message;
   const std::vector<float> after = values.values();
   for (size_t k = 0; k < after.size(); ++k) {
-    const size_t row = k / size_t(columns), column = k % size_t(columns);
-    const int exponent = of_rows[row] + of_columns[row / size_t(rows) * size_t(columns) + column];
-    const float scaled = std::ldexp(before[k], -exponent);
+    const size_t row = k / size_t(columns);
+    const size_t batch = side_by_side ? row % size_t(batches) : row / size_t(rows);
+    const size_t column = batch * size_t(columns) + k % size_t(columns);
+    const float scaled = std::ldexp(before[k], -(of_rows[row] + of_columns[column]));
     const float wanted = with_bias ? scaled + bias[column] : scaled;
     // Below 2^-126 two steps may round twice.
     const bool near = std::fabs(scaled) < 0x1p-126f && std::fabs(after[k] - wanted) <= 0x1p-149f;
@@ -229,7 +231,9 @@ std::string choice() {
       worth_scaling(128, 128, 1 << 14) && worth_scaling(1 << 20, 1 << 20, 1 << 20) &&
       !worth_scaling((1 << 14) - 1, 128, 128) && !worth_scaling(1 << 20, 1 << 20, 127) &&
       !worth_scaling(1 << 20, 127, 1 << 20) && !worth_scaling(127, 1 << 20, 1 << 20) &&
-      !worth_scaling(int64_t(1) << 31, 1 << 20, 1 << 20) && !worth_scaling(0, 0, 0);
+      !worth_scaling(int64_t(1) << 31, 1 << 20, 1 << 20) && !worth_scaling(0, 0, 0) &&
+      worth_scaling(1 << 12, 128, 128, 4) && !worth_scaling((1 << 12) - 1, 128, 128, 4) &&
+      !worth_scaling(1 << 20, 1 << 20, 127, 4) && !worth_scaling(1 << 29, 128, 128, 4);
   return right ? "" : "the wrong products are scaled";
 }
 
