@@ -106,6 +106,20 @@ def test_each_group_has_what_a_call_of_its_own_gives(
         close(found[name], t, BOUNDS[arithmetic])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", helpers.DTYPES, ids=helpers.NAMES.get)
+@pytest.mark.parametrize("p", [*PROBLEMS, Problem(6, 70, 33, 65, P=20, lengths=True)], ids=str)
+def test_each_group_has_on_a_cpu_what_a_call_of_its_own_gives(
+    p: Problem, dtype: torch.dtype, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    groups = [d.to(dtype) for d in drawn(p, 2 if p.bidirectional else 3)]
+    found, expected = together_and_apart(p, groups)
+    for name, t in expected.items():
+        assert found[name].dtype == t.dtype
+        close(found[name], t, helpers.BOUNDS[dtype][0])
+
+
 STRIDES: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     lambda x: torch.cat([x[..., :1], x], 2)[..., 1:],
@@ -182,7 +196,9 @@ def test_a_width_that_gives_no_groups(features: int, machine: Machine) -> None:
     """Of 3 recurrences over 4 features each."""
     d = side_by_side(drawn(Problem(3, 2, 4, 5), 3, machine.device))
     d.x = d.x[..., :features]
-    with pytest.raises(RuntimeError, match=r"x must be \[T, B, n \* 4\].*dividing 3.*got \[3, 2, "):
+    with pytest.raises(
+        RuntimeError, match=r"x must be \[T, B, n \* 4\].*divides the 3 .*got \[3, 2, "
+    ):
         results(d, 0)
 
 
