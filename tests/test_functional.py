@@ -91,7 +91,7 @@ def test_length_zero_returns_the_first_state(backend: str, device: str) -> None:
     [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, "list", "tuple"],
     ids=str,
 )
-def test_lengths_of_any_integer_kind(kind: torch.dtype | str, device: str) -> None:
+def test_lengths_of_any_integer_kind_pt43227_pt47637(kind: torch.dtype | str, device: str) -> None:
     p = Problem(5, 3, 2, 4)
     d = make(p, device)
     values = [3, 5, 0]
@@ -206,7 +206,7 @@ def test_empty(backend: str, T: int, B: int, device: str) -> None:
     assert all((grads[name] == 0).all() for name in grads if name.startswith("dweights"))
 
 
-def test_longer_than_65536_steps(device: str) -> None:
+def test_longer_than_65536_steps_pt133751(device: str) -> None:
     p = Problem(70_001, 1, 1, 2, hx=False)
     d = make(p, device).to(torch.float32)
     y, (h_n, _) = fused_lstm(d.x, None, d.weights)
@@ -375,7 +375,7 @@ def test_weights_computed_from_the_input(device: str) -> None:
     assert torch.autograd.gradgradcheck(f, a)
 
 
-def test_cells_are_the_last_layers(device: str) -> None:
+def test_cells_are_the_last_layers_pt8938_pt31423(device: str) -> None:
     p = Problem(5, 3, 4, 6, L=2, bidirectional=True)
     d = make(p, device).to(torch.bfloat16)
     y, (_, c_n), cells = fused_lstm(d.x, d.hx, d.weights, bidirectional=True, return_cells=True)

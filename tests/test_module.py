@@ -116,7 +116,7 @@ def test_cell_parity(dtype: torch.dtype, batched: bool, bias: bool, hx: bool, de
     assert ours.extra_repr() == theirs.extra_repr()
 
 
-def test_lengths_equal_packing(device: str) -> None:
+def test_lengths_equal_packing_pt2312_pt31422(device: str) -> None:
     lstm, fused = pair(4, 6, 2, bidirectional=True, device=device, dtype=torch.float64)
     x = torch.randn(7, 4, 4, device=device, dtype=torch.float64)
     lengths = torch.tensor([3, 7, 1, 5])
@@ -181,7 +181,7 @@ def test_unbatched_is_a_batch_of_one(device: str) -> None:
         assert_equal(fused(x, hx, lengths=lengths, reset=reset)[0], y)
 
 
-def test_eval_changes_nothing_without_dropout_and_backward_works(device: str) -> None:
+def test_eval_changes_nothing_without_dropout_and_backward_works_pt5878(device: str) -> None:
     _, fused = pair(4, 6, 2, device=device)
     x = torch.randn(5, 3, 4, device=device)
     before = results(fused, x, None, None)
@@ -287,11 +287,17 @@ def test_meta_and_to_empty() -> None:
     assert_equal(other(x)[0], real(x)[0])
 
 
-def test_flatten_parameters_is_silent(recwarn: pytest.WarningsRecorder) -> None:
-    fused = FusedLSTM(4, 6)
+def test_flatten_parameters_is_silent_pt86457(
+    device: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    fused = FusedLSTM(4, 6, device=device)
     before = [p.data_ptr() for p in fused.parameters()]
     assert fused.flatten_parameters() is None
-    assert before == [p.data_ptr() for p in fused.parameters()] and not recwarn
+    assert before == [p.data_ptr() for p in fused.parameters()]
+    nn.utils.parametrizations.weight_norm(fused, "weight_hh_l0")
+    fused.flatten_parameters()
+    fused(torch.randn(5, 3, 4, device=device))
+    assert not recwarn
 
 
 def test_share_memory() -> None:

@@ -68,7 +68,7 @@ def run(model: Any, *inputs: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_eager_for_all_sizes(case: str) -> None:
+def test_equals_eager_for_all_sizes_pt126339(case: str) -> None:
     options, given = CASES[case]
     lstm = FusedLSTM(3, 4, **options).eval()
     args, kwargs = arguments(lstm, *SIZES[0], given)

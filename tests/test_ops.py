@@ -79,6 +79,13 @@ def test_accuracy_where_packing_begins_to_pay(dtype: torch.dtype, hx: bool, devi
             assert_equal(a, b)
 
 
+def test_a_single_step_reads_weights_where_they_are_pt94457() -> None:
+    """To pack them first, as oneDNN does in each call, costs more than the step itself."""
+    for H, dtype in itertools.product((32, 512, 2048), DTYPES):
+        plan = ops.plan_cpu(1, 1, 1, H, H, H, dtype, False)
+        assert not plan["weights_packed"] and not plan["input_within_step"], (H, dtype)
+
+
 def test_x_is_multiplied_within_the_step_only_by_packed_weights() -> None:
     seen = set()
     for T, B, H in itertools.product((1, 2, 3, 20), range(1, 40), (1, 9, 64, 200, 600)):

@@ -65,6 +65,19 @@ def test_option_parameters() -> None:
     assert all(p.abs().sum() > 0 for name, p in fused.named_parameters() if "weight" in name)
 
 
+# Numbers after pt are of the issues at github.com/pytorch/pytorch that ask for an option.
+ISSUES = {
+    "peephole": "pt630",
+    "zoneout": "pt561",
+    "layer_norm": "pt9572",
+    "recurrent_dropout": "pt9572",
+}
+
+
+def with_issue(option: str) -> str:
+    return f"{option}-{ISSUES[option]}" if option in ISSUES else option
+
+
 @pytest.mark.filterwarnings("ignore:.*not in the fused LSTM yet")
 @pytest.mark.parametrize(
     "options",
@@ -79,7 +92,7 @@ def test_option_parameters() -> None:
         {"zoneout": 0.2},
         {"cell_clip": 0.1},
     ],
-    ids=lambda o: next(iter(o)),
+    ids=lambda o: with_issue(next(iter(o))),
 )
 def test_options_change_the_result_and_train(options: dict[str, Any], device: str) -> None:
     plain = FusedLSTM(3, 4, 2, device=device, backend="torch")
@@ -92,7 +105,7 @@ def test_options_change_the_result_and_train(options: dict[str, Any], device: st
     assert all(p.grad is not None for p in fused.parameters())
 
 
-@pytest.mark.parametrize("name", ["recurrent_dropout", "zoneout", "weight_dropout"])
+@pytest.mark.parametrize("name", ["recurrent_dropout", "zoneout", "weight_dropout"], ids=with_issue)
 def test_random_options_follow_the_mode_and_the_seed(name: str, device: str) -> None:
     fused = FusedLSTM(3, 8, device=device, backend="torch", **{name: 0.5})
     x = torch.randn(5, 2, 3, device=device)

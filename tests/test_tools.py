@@ -5,7 +5,9 @@ Numbers after pt are of issues at github.com/pytorch/pytorch: what went or goes 
 
 import copy
 import io
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +82,18 @@ def lora(m: Any) -> None:
     m.requires_grad_(False)
     for name in (W, "weight_ih_l1_reverse"):
         parametrize.register_parametrization(m, name, LowRank(getattr(m, name)))
+
+
+def weight_dropped(m: Any, x: Tensor) -> list[Tensor]:
+    """At each call another tensor in the parameter's place, as the wrappers of AWD-LSTM do it."""
+    raw = nn.Parameter(m._parameters.pop(W).detach())
+    m.register_parameter(f"{W}_raw", raw)
+    found = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        setattr(m, W, nn.functional.dropout(raw, 0.5))
+        found += backward(m, x)
+    return found
 
 
 def cached(m: Any, x: Tensor) -> list[Tensor]:
@@ -255,6 +269,7 @@ USES: dict[str, Use] = {
     "parametrized-spectral_norm": then(normalised(parametrizations.spectral_norm)),
     "parametrized-orthogonal": then(normalised(parametrizations.orthogonal)),
     "lora-pt65688": then(lora, train(torch.optim.SGD)),
+    "weight-drop-pt32346": weight_dropped,
     "parametrized-cached": cached,
     "parametrization-removed": then(remove_parametrization, train(torch.optim.SGD)),
     "pruned": then(pruned, train(torch.optim.SGD)),
@@ -296,7 +311,7 @@ def test_as_with_torch(use: str, device: str) -> None:
         close(a, b, 1e-11)  # steps of Adam are the same for gradients of any size
 
 
-def test_a_weight_is_computed_once_a_call() -> None:
+def test_a_weight_is_computed_once_a_call_pt65688() -> None:
     fused = FusedLSTM(3, 5, 2)
     parametrize.register_parametrization(fused, W, Scaled())
     before = Scaled.calls
@@ -338,6 +353,15 @@ def test_dropout_repeats_with_the_seed_pt18110_pt104697(deterministic: bool, dev
         found.append(backward(fused, x))
     assert_equal(found[0], found[1])
     assert_equal(found[0], found[2])
+
+
+def test_each_issue_that_the_readme_names_has_a_test() -> None:
+    folder = Path(__file__).parent
+    readme = (folder.parent / "README.md").read_text()
+    table = readme.split("## What works that did not")[1].split("\n## ")[0]
+    named = set(re.findall(r"#(\d+)", table))
+    tested = {n for f in folder.glob("*.py") for n in re.findall(r"pt(\d+)", f.read_text())}
+    assert named and sorted(named - tested) == []
 
 
 def take_a_step(m: nn.Module, x: Tensor) -> None:

@@ -1,5 +1,6 @@
 """FusedLSTM under torch.compile, export, torch.func, checkpointing, DDP."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch._dynamo.testing
 from conftest import CUDA
 from helpers import assert_equal, close, error
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -53,7 +55,7 @@ def everything(result: tuple[Any, ...]) -> list[Tensor]:
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("keywords", KEYWORDS)
 @pytest.mark.parametrize("stack", STACKS)
-def test_compile_once_for_all_lengths(
+def test_compile_once_for_all_lengths_pt149909_pt158007_pt167275(
     stack: str, keywords: str, training: bool, device: str
 ) -> None:
     if keywords == "one-tensor-hx" and "proj_size" in STACKS[stack]:
@@ -83,7 +85,7 @@ def test_compile_once_for_all_lengths(
     assert len(counter.graphs) == graphs, "recompiled for another length or batch"
 
 
-def test_compile_with_inductor(device: str) -> None:
+def test_compile_with_inductor_pt140845(device: str) -> None:
     torch._dynamo.reset()
     lstm = FusedLSTM(3, 4, 2, dropout=0.0, device=device)
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
@@ -93,7 +95,10 @@ def test_compile_with_inductor(device: str) -> None:
 
     x = torch.randn(7, 5, 3, device=device)
     with torch.no_grad():
-        assert error(torch.compile(f, fullgraph=True)(x), f(x)) < 5e-6
+        y, code = run_and_get_code(torch.compile(f, fullgraph=True), x)
+        assert error(y, f(x)) < 5e-6
+    # Nothing is unrolled: a layer is one call of the op, as without torch.compile.
+    assert len(re.findall(r"= torch\.ops\.lstm_cuda\w*\.layer_forward\b", "".join(code))) == 2
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -140,7 +145,9 @@ def test_compile_lengths_out_of_range_raise_when_run(device: str) -> None:
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "nonstrict"])
 @pytest.mark.parametrize("gradients", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("stack", STACKS)
-def test_export_with_dynamic_sizes(stack: str, gradients: bool, strict: bool, device: str) -> None:
+def test_export_with_dynamic_sizes_pt115092(
+    stack: str, gradients: bool, strict: bool, device: str
+) -> None:
     lstm = FusedLSTM(3, 4, device=device, dtype=torch.float64, **STACKS[stack]).eval()
     x = torch.randn(6, 5, 3, device=device, dtype=torch.float64)
     sizes = {"input": {0: torch.export.Dim("first"), 1: torch.export.Dim("second")}}
