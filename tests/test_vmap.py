@@ -336,7 +336,7 @@ def test_opacus_783_per_sample_gradients_are_sums_not_lists_of_outer_products(de
     assert seen.elements <= 4 * hidden * max(samples * hidden, samples * steps)
 
 
-def test_opacus_53_clipped_per_sample_gradients(device: str) -> None:
+def test_opacus_53_pt134606_clipped_per_sample_gradients(device: str) -> None:
     """A step of differentially private training: each sample's gradient clipped, then the mean."""
     fused = module(device, num_layers=2, bidirectional=True, batch_first=True)
     weights = {k: p.detach() for k, p in fused.named_parameters()}
