@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -417,6 +418,18 @@ def test_nothing_to_do(empty: str, device: str) -> None:
     shared = {k: w[0] for k, w in weights.items()}
     found = vmap(grad(loss(members[0])), (None, 0))(shared, {"x": x})
     assert all(g.shape == (V, *shared[k].shape) for k, g in found.items())
+
+
+def test_the_example_in_readme() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    section = readme.split("## Ensembles and per-sample gradients\n```python\n")[1]
+    names: dict[str, Any] = {}
+    exec(section.split("```")[0], names)
+    assert names["outputs"].shape == (8, 3, 20, 64)
+    close(names["outputs"][5], names["members"][5](names["x"])[0], 1e-6)
+    for k, sample in enumerate(names["x"]):
+        expected = grad(names["loss"])(names["one"], sample)
+        agree({name: g[k] for name, g in names["per_sample"].items()}, expected, 1e-5)
 
 
 def test_wrong_lengths_of_a_member() -> None:
