@@ -97,6 +97,14 @@ def batched(
     Returns:
         The results, and the batch dimension of each.
     """
+    if size == 0:  # as one member of zeros, of which nothing is taken
+        one = _with_members(given, dims, lambda t, dim: torch.zeros_like(t.sum(dim, keepdim=True)))
+        results, out_dims = batched(call, 1, one, dims, places, result_places, own_inputs)
+        none = (
+            t if dim is None else t.narrow(dim, 0, 0)
+            for t, dim in zip(results, out_dims, strict=True)
+        )
+        return tuple(none), out_dims
     if all(dim is None for dim in dims.weights):
         rows = [place.row for place in places]
         results = call(
@@ -111,13 +119,11 @@ def batched(
         for dim, place in zip(dims.others, places, strict=True)
     )
     most = 1 if apart else max(1, ops.max_recurrences() // given.D)
-    parts = [
-        _as_recurrences(
-            call, min(most, size - start), _members(given, dims, start, most), dims, places,
-            result_places, own_inputs,
-        )
-        for start in range(0, size, most)
-    ]  # fmt: skip
+    parts = []
+    for start in range(0, size, most):
+        count = min(most, size - start)
+        some = _with_members(given, dims, lambda t, dim: t.narrow(dim, start, count))  # noqa: B023
+        parts.append(_as_recurrences(call, count, some, dims, places, result_places, own_inputs))
     if len(parts) == 1:
         return parts[0]
     out_dims = parts[0][1]
@@ -160,18 +166,16 @@ def _as_recurrences(
     return _unfold(results, size, [place.recurrence for place in result_places])
 
 
-def _members(given: Arguments, dims: Dims, start: int, most: int) -> Arguments:
-    """The arguments of members ``start`` to ``start + most``, or to the last."""
+def _with_members(given: Arguments, dims: Dims, of: Callable[[Tensor, int], Tensor]) -> Arguments:
+    """The arguments with ``of`` each that differs between members."""
 
-    def some(t: W, dim: Dim) -> W:
-        if t is None or dim is None:
-            return t
-        return t.narrow(dim, start, min(most, t.shape[dim] - start))
+    def changed(t: W, dim: Dim) -> W:
+        return t if t is None or dim is None else of(t, dim)
 
     return given._replace(
-        x=some(given.x, dims.x),
-        others=[some(t, dim) for t, dim in zip(given.others, dims.others, strict=True)],
-        weights=[some(w, dim) for w, dim in zip(given.weights, dims.weights, strict=True)],
+        x=changed(given.x, dims.x),
+        others=[changed(t, dim) for t, dim in zip(given.others, dims.others, strict=True)],
+        weights=[changed(w, dim) for w, dim in zip(given.weights, dims.weights, strict=True)],
     )
 
 

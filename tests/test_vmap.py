@@ -420,6 +420,16 @@ def test_nothing_to_do(empty: str, device: str) -> None:
     assert all(g.shape == (V, *shared[k].shape) for k, g in found.items())
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["shared-weights", "own-weights"])
+def test_no_members(shared: bool, device: str) -> None:
+    fused, _, weights, given = own_inputs_and_weights(device)
+    weights = {k: w[0] if shared else w[:0] for k, w in weights.items()}
+    given = {k: t[:0] if per_member(device)[k] == 0 else t for k, t in given.items()}
+    dims = (None if shared else 0, per_member(device))
+    output, h_n, *_ = vmap(lambda p, g: call(fused, p, g), dims)(weights, given)
+    assert output.shape == (0, T, B, 4) and h_n.shape == (0, 4, B, 2)
+
+
 def test_the_example_in_readme() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     section = readme.split("## Ensembles and per-sample gradients\n```python\n")[1]
