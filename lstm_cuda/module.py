@@ -204,9 +204,9 @@ class FusedLSTM(nn.RNNBase):
         On CUDA, kernels that hold the weights of a whole sequence want them in another order. Calls
         make that anew each time, in one small kernel; a frozen module keeps it, at the price of
         another copy of ``weight_hh`` (with a projection, of ``weight_hh @ weight_hr``). Calls with
-        gradients and under autocast do not use it. A change of the weights is noticed, except to
-        inference tensors (made under ``torch.inference_mode``) and through ``.data``. ``train()``
-        ends it.
+        gradients, under autocast and captured in a CUDA graph do not use it. A change of the
+        weights is noticed, except to inference tensors (made under ``torch.inference_mode``) and
+        through ``.data``. ``train()`` ends it.
 
         Returns:
             The module.

@@ -27,6 +27,9 @@ class PackedWeights:
         """The packed weights for a call of the op with this input, and their layout."""
         if torch.compiler.is_compiling():
             return None, 0
+        cuda = x.device.type == "cuda"
+        if cuda and torch.cuda.is_current_stream_capturing():
+            return None, 0  # a graph outlives what is kept here, and sees changes of the weights
         G, P = w_hh[0].shape
         layout = ops.packed_layout(x, len(w_hh), G // 4, P, allow_tf32)
         if layout == 0:
@@ -39,9 +42,6 @@ class PackedWeights:
             )
             if same:
                 return packed, layout
-        cuda = x.device.type == "cuda"
-        if cuda and torch.cuda.is_current_stream_capturing():
-            return None, 0  # what is made now would be there only after a replay
         packed = ops.pack_weights(w_hh, w_hr, layout)
         if cuda:
             torch.cuda.current_stream(x.device).synchronize()  # other streams may use it next

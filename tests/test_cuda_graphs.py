@@ -291,6 +291,19 @@ def test_one_step_at_a_time(of: str, family: str) -> None:
     assert not torch.equal(h, start[0])
 
 
+@torch.no_grad()
+def test_a_graph_of_a_frozen_module_sees_its_weights(family: str) -> None:
+    lstm = FusedLSTM(I, H, device=DEVICE).freeze()
+    x = draw(T, B, I)
+    replay, (y, _) = capture(lambda: lstm(x))
+    for _ in range(2):
+        lstm.weight_hh_l0.mul_(1.5)
+        expected = lstm(x)[0]
+        spoil([y])
+        replay()
+        assert_equal([y], [expected])
+
+
 def test_gradients_through_steps_of_a_cell(family: str) -> None:
     cell = FusedLSTMCell(I, H, device=DEVICE)
     x, dh = draw(3, B, I).requires_grad_(), draw(B, H)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lstm_cuda import FusedLSTM, ops
 from lstm_cuda.ops import CudaDevice
+from lstm_cuda.packed import PackedWeights
 
 H200 = CudaDevice(90, 132, 232448)
 
@@ -40,6 +42,18 @@ def packing(emulated_ops: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def packed(emulator: Any) -> int:
     """How often weights were packed since the last call."""
     return sum(name.startswith("pack_") for name in emulator.take_launches())
+
+
+def test_what_is_captured_uses_nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph may be replayed after the weights have changed, and what was kept is gone."""
+    kept, x = PackedWeights(), SimpleNamespace(device=torch.device("cuda"))
+    w = torch.randn(40, 10)
+    monkeypatch.setattr(ops, "packed_layout", lambda *_: 1)
+    monkeypatch.setattr(ops, "pack_weights", lambda *_: w)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(synchronize=int))
+    for capturing, expected in (False, (w, 1)), (True, (None, 0)), (False, (w, 1)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
+        assert kept.find(x, [w], [], False) == expected  # type: ignore[arg-type]
 
 
 def test_weights_are_packed_once(packing: Any) -> None:
