@@ -46,7 +46,7 @@ void check_lengths(const Inputs& in) {
 template <class Entry, class Problem>
 void run(Entry entry, const Problem& p, bool backward, const Tensor& x) {
   const Parallel& parallel = torch_threads();
-  const CpuPlan plan = plan_cpu(p.shape, parallel.threads, backward);
+  const CpuPlan plan = plan_cpu(p.shape, parallel.threads, backward, p.others);
   const Tensor scratch = empty({entry(p, plan, parallel, nullptr)}, ScalarType::Byte, x);
   entry(p, plan, parallel, scratch.data_ptr());
 }
@@ -57,7 +57,7 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
                             const OptionalTensor& c0, const OptionalTensor& lengths,
                             const OptionalTensor& reset, int64_t reversed, bool save, bool cells,
                             bool /*allow_tf32*/, const OptionalTensor& /*packed*/,
-                            int64_t /*packed_layout*/) {
+                            int64_t /*packed_layout*/, int64_t before, int64_t after) {
   const Tensors bias = bias_or_none.value_or(Tensors{}), w_hr = w_hr_or_none.value_or(Tensors{});
   const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
   check_lengths(in);
@@ -71,6 +71,7 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
   const Tensor c = empty(save || cells ? Sizes{T, B, D, H} : Sizes{0}, compute, x);
 
   LayerForward p{};
+  p.others = {before, after};
   fill(in, p);
   p.b_ih = b.empty() ? nullptr : b_pointers.data();
   p.b_hh = b.empty() ? nullptr : b_pointers.data() + D;
@@ -83,30 +84,17 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
   return {y, h_n, c_n, gates, c};
 }
 
-BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
-                              const OptionalTensor& dc_n, const OptionalTensor& dc, const Tensor& x,
-                              const Tensors& w_ih, const Tensors& w_hh,
-                              const OptionalTensors& w_hr_or_none, const OptionalTensor& h0,
-                              const OptionalTensor& c0, const OptionalTensor& lengths,
-                              const OptionalTensor& reset, int64_t reversed, const Tensor& y,
-                              const Tensor& gates, const Tensor& c, bool need_dx, bool need_dw,
-                              bool /*allow_tf32*/) {
-  const Tensors w_hr = w_hr_or_none.value_or(Tensors{});
-  const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
-  check_lengths(in);
+// Gradients in the compute type; p holds what only a piece of a sequence needs.
+BackwardResult run_backward(LayerBackward p, const Inputs& in, const Gradients& grads, bool need_dx,
+                            bool need_dh0, bool need_dw) {
   const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
-  const ScalarType compute = compute_type(in.type);
-  const Gradients grads(in, dy, dh_n, dc_n, dc, y, gates, c, compute);
   const auto wanted = [&](bool want, const Sizes& sizes) {
-    return empty(want ? sizes : Sizes{0}, compute, x);
+    return empty(want ? sizes : Sizes{0}, compute_type(in.type), in.x);
   };
-  Tensor dx = wanted(need_dx, {T, B, inputs * I}), dh0 = wanted(h0.has_value(), {D, B, P}),
-         dc0 = wanted(c0.has_value(), {D, B, H});
-  Tensor dw_ih = wanted(need_dw, {D, 4 * H, I}), dw_hh = wanted(need_dw, {D, 4 * H, P}),
-         db = wanted(need_dw, {D, 4 * H});
-  Tensor dw_hr = wanted(need_dw && projected, {D, P, H});
-
-  LayerBackward p{};
+  const Tensor dx = wanted(need_dx, {T, B, inputs * I}), dh0 = wanted(need_dh0, {D, B, P}),
+               dc0 = wanted(in.c0.has_value(), {D, B, H});
+  const Tensor dw_ih = wanted(need_dw, {D, 4 * H, I}), dw_hh = wanted(need_dw, {D, 4 * H, P}),
+               db = wanted(need_dw, {D, 4 * H}), dw_hr = wanted(need_dw && projected, {D, P, H});
   fill(in, p);
   p.y = grads.y.data_ptr();
   p.gates = grads.gates.data_ptr();
@@ -116,20 +104,68 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   p.dc_n = pointer(grads.dc_n);
   p.dc = pointer(grads.dc);
   p.dx = need_dx ? dx.data_ptr() : nullptr;
-  p.dh0 = h0 ? dh0.data_ptr() : nullptr;
-  p.dc0 = c0 ? dc0.data_ptr() : nullptr;
+  p.dh0 = need_dh0 ? dh0.data_ptr() : nullptr;
+  p.dc0 = in.c0 ? dc0.data_ptr() : nullptr;
   if (need_dw) {
     p.dw_ih = dw_ih.data_ptr();
     p.dw_hh = dw_hh.data_ptr();
     p.db = db.data_ptr();
     p.dw_hr = dw_hr.data_ptr();
   }
-  run(cpu_kernels()[dtype].backward, p, true, x);
+  run(cpu_kernels()[dtype].backward, p, true, in.x);
+  return {dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr};
+}
+
+BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
+                              const OptionalTensor& dc_n, const OptionalTensor& dc, const Tensor& x,
+                              const Tensors& w_ih, const Tensors& w_hh,
+                              const OptionalTensors& w_hr_or_none, const OptionalTensor& h0,
+                              const OptionalTensor& c0, const OptionalTensor& lengths,
+                              const OptionalTensor& reset, int64_t reversed, const Tensor& y,
+                              const Tensor& gates, const Tensor& c, bool need_dx, bool need_dw,
+                              bool /*allow_tf32*/) {
+  const Inputs in(x, w_ih, w_hh, w_hr_or_none.value_or(Tensors{}), h0, c0, lengths, reset,
+                  reversed);
+  check_lengths(in);
+  const ScalarType compute = compute_type(in.type);
+  const Gradients grads(in, dy, dh_n, dc_n, dc, y, gates, c, compute);
+  BackwardResult result = run_backward({}, in, grads, need_dx, h0.has_value(), need_dw);
   if (compute != in.type) {
+    auto& [dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr] = result;
     for (Tensor* t : {&dx, &dh0, &dw_ih, &dw_hh, &db, &dw_hr}) *t = torch::stable::to(*t, in.type);
     if (in.c_type != compute) dc0 = torch::stable::to(dc0, in.type);
   }
-  return {dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr};
+  return result;
+}
+
+PieceResult piece_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
+                           const OptionalTensor& dc_n, const OptionalTensor& dc, const Tensor& x,
+                           const Tensors& w_ih, const Tensors& w_hh,
+                           const OptionalTensors& w_hr_or_none, const Tensor& h0, const Tensor& c0,
+                           const OptionalTensor& lengths, const OptionalTensor& reset,
+                           int64_t reversed, const Tensor& y, const Tensor& gates, const Tensor& c,
+                           bool need_dx, bool need_dw, int64_t before, int64_t after,
+                           const OptionalTensor& carry, const Tensor& sums) {
+  const Inputs in(x, w_ih, w_hh, w_hr_or_none.value_or(Tensors{}), h0, c0, lengths, reset,
+                  reversed);
+  check_lengths(in);
+  const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
+  const ScalarType compute = compute_type(in.type);
+  const Gradients grads(in, dy, dh_n, dc_n, dc, y, gates, c, compute);
+  const OptionalTensor carry_in = checked("carry", carry, {D, B, 4 * H}, compute, x);
+  const Tensor carry_out = empty(before > 0 ? Sizes{D, B, 4 * H} : Sizes{0}, compute, x);
+  LayerBackward p{};
+  p.others = {before, after};
+  p.carry_in = pointer(carry_in);
+  p.carry_out = before > 0 ? carry_out.data_ptr() : nullptr;
+  if (need_dw) {
+    const int64_t parts = plan_cpu(in.shape, torch_threads().threads, true, p.others).parts,
+                  weights = D * (4 * H * (I + P + 1) + (projected ? P * H : 0));
+    p.sums = checked("sums", sums, {2 * parts * weights}, compute, x).data_ptr();
+  }
+  const bool first = before == 0;
+  return std::tuple_cat(run_backward(p, in, grads, need_dx, first, need_dw && first),
+                        std::tuple(carry_out));
 }
 
 std::tuple<Tensor, Tensor, Tensor> changes(bool transposed, const OptionalTensor& source_z,
@@ -178,6 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> changes(bool transposed, const OptionalTensor
 STABLE_TORCH_LIBRARY(lstm_cuda, m) {
   m.def(lstm_cuda::kForwardSchema);
   m.def(lstm_cuda::kBackwardSchema);
+  m.def(lstm_cuda::kPieceBackwardSchema);
   m.def(lstm_cuda::kChangesSchema);
   m.def(lstm_cuda::kPackSchema);
 }
@@ -185,5 +222,6 @@ STABLE_TORCH_LIBRARY(lstm_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(lstm_cuda, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&lstm_cuda::layer_forward));
   m.impl("layer_backward", TORCH_BOX(&lstm_cuda::layer_backward));
+  m.impl("piece_backward", TORCH_BOX(&lstm_cuda::piece_backward));
   m.impl("changes", TORCH_BOX(&lstm_cuda::changes));
 }

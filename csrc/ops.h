@@ -30,13 +30,25 @@ using Sizes = std::vector<int64_t>;
 inline constexpr const char* kForwardSchema =
     "layer_forward(Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[]? bias, Tensor[]? w_hr, "
     "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int reversed, bool save, bool cells, "
-    "bool allow_tf32, Tensor? packed=None, int packed_layout=0) "
+    "bool allow_tf32, Tensor? packed=None, int packed_layout=0, int before=0, int after=0) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)";
 inline constexpr const char* kBackwardSchema =
     "layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor[] w_ih, "
     "Tensor[] w_hh, Tensor[]? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
     "int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, bool allow_tf32) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr)";
+
+// layer_backward, on CPUs, for a piece of a sequence with so many steps before and after it. Calls go
+// from the last piece to the first and hand on carry [D, B, 4H], dc0 as dc_n, and `sums` [2 * parts
+// of the plan * elements of the weights]. The last call gives dh0 and the gradients of the weights.
+// All that goes out is in the compute type.
+inline constexpr const char* kPieceBackwardSchema =
+    "piece_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor[] w_ih, "
+    "Tensor[] w_hh, Tensor[]? w_hr, Tensor h0, Tensor c0, Tensor? lengths, Tensor? reset, "
+    "int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, int before, "
+    "int after, Tensor? carry, Tensor(a!) sums) "
+    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr, "
+    "Tensor carry)";
 
 // The recurrence of the derivatives of a layer, or its transpose (lstm_cuda/recurrence.py).
 inline constexpr const char* kChangesSchema =
@@ -50,6 +62,7 @@ inline constexpr const char* kPackSchema =
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using PieceResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 std::string text(const Sizes& sizes);
 Sizes sizes_of(const Tensor& t);

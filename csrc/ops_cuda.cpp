@@ -147,7 +147,8 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
                             const OptionalTensors& w_hr_or_none, const OptionalTensor& h0,
                             const OptionalTensor& c0, const OptionalTensor& lengths,
                             const OptionalTensor& reset, int64_t reversed, bool save, bool cells,
-                            bool allow_tf32, const OptionalTensor& packed, int64_t layout) {
+                            bool allow_tf32, const OptionalTensor& packed, int64_t layout,
+                            int64_t /*before*/, int64_t /*after*/) {
   const Tensors bias = bias_or_none.value_or(Tensors{}), w_hr = w_hr_or_none.value_or(Tensors{});
   const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
   const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;

@@ -34,8 +34,10 @@ void share(CpuPlan& plan, const LayerShape& s, int threads, bool backward) {
 
 }  // namespace
 
-CpuPlan plan_cpu(const LayerShape& s, int threads, bool backward) {
+CpuPlan plan_cpu(const LayerShape& shape, int threads, bool backward, Others others) {
   CpuPlan plan{};
+  LayerShape s = shape;
+  s.T += others.before + others.after;
   share(plan, s, threads, backward);
   const int64_t rows = (s.B + plan.parts - 1) / plan.parts;
   const int64_t weight_bytes = 4 * s.H * (s.I + s.P) * element_size(s.dtype);
@@ -55,7 +57,7 @@ CpuPlan plan_cpu(const LayerShape& s, int threads, bool backward) {
   plan.chunk_rows = backward     ? std::max<int64_t>({(64 << 10) / s.H, 256, s.H})
                     : s.H >= 512 ? 512
                                  : std::clamp<int64_t>((16 << 10) / s.H, 64, 256);
-  const bool one_chunk = s.T <= plan.chunk_steps(s, rows);
+  const bool one_chunk = shape.T <= plan.chunk_steps(rows);
   plan.input = few                                    ? Weights::unpacked
                : one_chunk && !plan.input_within_step ? Weights::packed_on_the_way
                                                       : Weights::packed;

@@ -23,11 +23,24 @@ struct CpuPlan {
   int64_t chunk_rows;      // time steps times batch rows of a part that are multiplied together
 
   int64_t first_row(int64_t part, int64_t B) const { return part * B / parts; }
-  int64_t chunk_steps(const LayerShape& s, int64_t rows) const {
-    return std::min(s.T, std::max<int64_t>(1, chunk_rows / std::max<int64_t>(rows, 1)));
+  // Steps of a chunk, a multiple of those whose weight gradients are summed by themselves. Long sums
+  // go in such spans so that rounding errors grow with the number of spans, not of terms. Both are
+  // counted from the first step of a sequence.
+  int64_t chunk_steps(int64_t rows) const {
+    return most_steps(rows) / span_steps(rows) * span_steps(rows);
+  }
+  int64_t span_steps(int64_t rows) const {
+    const int64_t steps = most_steps(rows);
+    return std::max<int64_t>(1, steps / std::max<int64_t>(1, (steps * rows + 511) / 512));
+  }
+
+ private:
+  int64_t most_steps(int64_t rows) const {
+    return std::max<int64_t>(1, chunk_rows / std::max<int64_t>(rows, 1));
   }
 };
 
-CpuPlan plan_cpu(const LayerShape& shape, int threads, bool backward);
+// What results depend on is chosen by the whole sequence.
+CpuPlan plan_cpu(const LayerShape& shape, int threads, bool backward, Others others = {});
 
 }  // namespace lstm_cuda

@@ -29,9 +29,16 @@ struct LayerShape {
   LSTM_HOST_DEVICE int64_t input_of(int64_t d) const { return d / (D / inputs); }
 };
 
+// The steps of a longer sequence that a call leaves to others: how many come before and after its
+// own, in the order of the recurrences. On CPUs no result depends on how a sequence is cut.
+struct Others {
+  int64_t before, after;
+};
+
 // The reserve (gates, c) is in the compute type: double for float64, float for all others.
 struct LayerForward {
   LayerShape shape;
+  Others others;
   const void* x;  // [T, B, inputs * I], last dimension contiguous
   int64_t x_stride_t, x_stride_b;
   const void* const* w_ih;  // D pointers, [4H, I]
@@ -54,6 +61,7 @@ struct LayerForward {
 // Gradients that come in have the outputs' types, those that go out the compute type.
 struct LayerBackward {
   LayerShape shape;
+  Others others;
   const void* x;  // as in LayerForward
   int64_t x_stride_t, x_stride_b;
   const void* const* w_ih;
@@ -78,6 +86,13 @@ struct LayerBackward {
   void* dw_hh;       // [D, 4H, P]
   void* db;          // [D, 4H]
   void* dw_hr;       // [D, P, H] if projected
+  // What the calls for the steps after and before these hand on; null if there are none. The call for
+  // the first steps has all gradients of weights.
+  const void*
+      carry_in;     // [D, B, 4H], dgates of the steps after these, of the compute type; or null
+  void* carry_out;  // the same of the first of these; or null
+  void* sums;       // of weight gradients; null if none is wanted
+  bool sums_weights() const { return dw_ih || sums; }
 };
 
 // The recurrence of lstm_cuda/recurrence.py, which also says what the letters mean. Transposed, z, c

@@ -92,10 +92,10 @@ def fused_lstm(
         backend: "auto" (by x's device), "cpu", "cuda", or "torch" for the reference: slow, any
             device, any transform.
         checkpoint: to save memory in training, keep for backward the state before every k-th step
-            instead of the gates of all steps, and run k steps at a time again in backward. Results
-            and gradients are those of a loop over calls of k steps, in float32 and float64 with one
-            direction to the bit; from those without it they differ by rounding. Without gradients
-            it does nothing. The reference cannot do it.
+            instead of the gates of all steps, and run k steps at a time again in backward. On CPUs
+            results and gradients are those without it to the bit (docs/memory.md has the
+            exceptions); on CUDA they differ by rounding. Without gradients it does nothing. The
+            reference cannot do it.
         truncate: no gradient of the state passes between t-1 and t where t is a multiple of k
             (truncated backpropagation), in either direction of time; the state itself does, so
             outputs do not change. The final state of a row that has ended before t keeps its

@@ -137,6 +137,8 @@ def _layer_forward(
     allow_tf32: bool,
     packed: Any = None,
     packed_layout: int = 0,
+    before: int = 0,
+    after: int = 0,
 ) -> tuple[Any, ...]:
     """``ops.layer_forward`` in ONNX; every input a value of the graph under construction."""
     op: Any = importlib.import_module("onnxscript").opset18  # what torch's exporter builds on

@@ -250,6 +250,8 @@ def layer_forward(
     allow_tf32: bool,
     packed: Tensor | None = None,
     packed_layout: int = 0,
+    before: int = 0,
+    after: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One layer of D recurrences; the meaning is ``reference.lstm_layer``'s.
 
@@ -271,6 +273,8 @@ def layer_forward(
         allow_tf32: float32 products may round operands to TF32 (CUDA only).
         packed: w_hh and w_hr as ``pack_weights`` gave them, or None.
         packed_layout: its layout; where the call's is another, w_hh is packed anew.
+        before, after: steps of the same sequence that other calls run before and after these, in
+            the order of the recurrences. On CPUs results are then, to the bit, those of one call.
 
     Returns:
         y [T, B, D*P] contiguous and h_n [D, B, P] in x's dtype; c_n [D, B, H] in c0's, or x's
@@ -281,7 +285,7 @@ def layer_forward(
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _outside_autocast(
         _forward, x.device.type,
         x, w_ih, w_hh, bias or None, w_hr or None, h0, c0, lengths, reset, reversed, save, cells,
-        allow_tf32, packed, packed_layout,
+        allow_tf32, packed, packed_layout, before, after,
     )  # fmt: skip
     return result
 
@@ -329,6 +333,68 @@ def layer_backward(
         gates, c, need_dx, need_dw, allow_tf32,
     )  # fmt: skip
     return result
+
+
+def in_pieces(x: Tensor) -> bool:
+    """Whether ``piece_backward`` is there for x's device."""
+    return x.device.type == "cpu"
+
+
+def piece_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor],
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reversed: int,
+    y: Tensor,
+    gates: Tensor,
+    c: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+    before: int,
+    after: int,
+    carry: Tensor | None,
+    sums: Tensor,
+) -> tuple[Tensor, ...]:
+    """``layer_backward`` on CPUs for a piece of a sequence, the last piece first.
+
+    What the pieces give, together, is to the bit what a call for all steps gives.
+
+    Args:
+        dy ... need_dw: as for ``layer_backward``, c0 and so dc_n in ``compute_dtype``; dh_n for
+            rows whose last step or only state is here, zeros for all others.
+        before, after: as for ``layer_forward``.
+        carry: what the last call returned; None for the first.
+        sums: from ``piece_sums``, written by each call and read by the next.
+
+    Returns:
+        As ``layer_backward`` and carry [D, B, 4H], what crosses to the steps before, all in
+        ``compute_dtype``. Unless ``before`` is 0, dh0 and the gradients of the weights, those of
+        all pieces, are [0]; if it is, carry.
+    """
+    result: tuple[Tensor, ...] = _piece_backward(
+        dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr or None, h0, c0, lengths, reset, reversed, y,
+        gates, c, need_dx, need_dw, before, after, carry, sums,
+    )  # fmt: skip
+    return result
+
+
+def piece_sums(
+    x: Tensor, w_ih: Sequence[Tensor], w_hh: Sequence[Tensor], w_hr: Sequence[Tensor]
+) -> Tensor:
+    """Room for the ``sums`` of ``piece_backward``, x being that of the whole sequence."""
+    T, B, D, H, P = _sizes(x, w_hh)
+    parts: Any = plan_cpu(T, B, D, x.shape[2], H, P, x.dtype, True)["parts"]
+    weights = sum(w.numel() for w in (*w_ih, *w_hh, *w_hr)) + 4 * H * D
+    return x.new_empty(2 * parts * weights, dtype=compute_dtype(x.dtype))
 
 
 def changes(
@@ -394,6 +460,8 @@ def _layer_forward_fake(
     allow_tf32: bool,
     packed: Tensor | None = None,
     packed_layout: int = 0,
+    before: int = 0,
+    after: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, B, D, H, P = _sizes(x, w_hh)
     return (
@@ -457,6 +525,7 @@ if load_error is None:
     # Looked up once: the three lookups by name cost as much as a check of all arguments.
     _forward = torch.ops.lstm_cuda.layer_forward.default
     _backward = torch.ops.lstm_cuda.layer_backward.default
+    _piece_backward = torch.ops.lstm_cuda.piece_backward.default
     _pack = torch.ops.lstm_cuda.pack_weights.default
     _changes = torch.ops.lstm_cuda.changes.default
     torch.library.register_fake("lstm_cuda::layer_forward", _layer_forward_fake)

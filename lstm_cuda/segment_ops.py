@@ -34,13 +34,15 @@ class _Segment(NamedTuple):
     """Steps start to end, number n of the sequence, and what belongs to them.
 
     ``entry`` is the step that the boundary by which the recurrence comes in stands before; 0 or T
-    where it starts from h0 and c0.
+    where it starts from h0 and c0. ``before`` and ``after`` count the other steps in its order.
     """
 
     n: int
     start: int
     end: int
     entry: int
+    before: int
+    after: int
     x: Tensor
     lengths: Tensor | None
     reset: Tensor | None
@@ -68,6 +70,7 @@ class _Direction:
         self.backwards, self.allow_tf32 = reversed >> d & 1, allow_tf32
         self.w_ih, self.w_hh, self.bias, self.w_hr = (w[d::D] for w in (w_ih, w_hh, bias, w_hr))
         self.d, self.columns = d, slice(d * P, (d + 1) * P)  # of y
+        self._sums: Tensor | None = None
 
     def segments(self) -> list[_Segment]:
         """All segments, in the order of the recurrence."""
@@ -75,9 +78,10 @@ class _Direction:
         found = []
         for n, start in enumerate(range(0, T, self.steps)):
             end = min(start + self.steps, T)
+            entry, others = (end, (T - end, start)) if self.backwards else (start, (start, T - end))
             found.append(
                 _Segment(
-                    n, start, end, end if self.backwards else start, self.x[start:end],
+                    n, start, end, entry, *others, self.x[start:end],
                     None if self.lengths is None else (self.lengths - start).clamp(0, end - start),
                     None if self.reset is None else self.reset[start:end],
                 )
@@ -134,8 +138,61 @@ class _Direction:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return ops.layer_forward(
             s.x, self.w_ih, self.w_hh, self.bias, self.w_hr, h, c, s.lengths, s.reset,
-            self.backwards, save, cells, self.allow_tf32,
+            self.backwards, save, cells, self.allow_tf32, None, 0, s.before, s.after,
         )  # fmt: skip
+
+    def backward(
+        self,
+        s: _Segment,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        across: Tensor | None,
+        dc_n: Tensor | None,
+        dc: Tensor | None,
+        h: Tensor,
+        c: Tensor,
+        saved: tuple[Tensor, Tensor, Tensor],
+        need_dx: bool,
+        need_dw: bool,
+    ) -> tuple[Tensor, ...]:
+        """dx, what crosses into the steps before, dc0, parts of the weights' gradients.
+
+        The second is dh0 or, where ``ops.piece_backward`` is and steps come before, its carry.
+
+        Args:
+            dy, dc: of the segment.
+            dh_n: of the whole sequence, [1, B, P].
+            across, dc_n: the second and the third result for the segment after it; None and dc_n
+                [1, B, H], in the compute dtype, for the last.
+            h, c: what the segment starts from.
+            saved: its y, gates and c.
+        """
+        if not ops.in_pieces(self.x):
+            return ops.layer_backward(
+                dy, dh_n if s.after == 0 else across, dc_n, dc, s.x, self.w_ih, self.w_hh,
+                self.w_hr, h, c, s.lengths, s.reset, self.backwards, *saved, need_dx, need_dw,
+                self.allow_tf32,
+            )  # fmt: skip
+        if self._sums is None:
+            self._sums = ops.piece_sums(self.x, self.w_ih, self.w_hh, self.w_hr)
+        dx, dh0, dc0, *dw, carry = ops.piece_backward(
+            dy, self.ending(s, dh_n), dc_n, dc, s.x, self.w_ih, self.w_hh, self.w_hr, h, c,
+            s.lengths, s.reset, self.backwards, *saved, need_dx, need_dw, s.before, s.after, across,
+            self._sums,
+        )  # fmt: skip
+        return dx, dh0 if s.before == 0 else carry, dc0, *dw
+
+    def ending(self, s: _Segment, final: Tensor | None) -> Tensor | None:
+        """``final`` [1, B, P] of rows whose last step is here; with the first, of empty ones."""
+        if final is None:
+            return None
+        if self.lengths is None:
+            return final if s.after == 0 else None
+        last = torch.zeros_like(self.lengths) if self.backwards else self.lengths - 1
+        here = (self.lengths > 0) & (s.start <= last) & (last < s.end)
+        if s.before == 0:
+            here |= self.lengths == 0
+        return reference._zero(final, ~here)
 
 
 def _empty_forward(
@@ -300,7 +357,7 @@ def _backward(
     dw_sums = [torch.zeros_like(t, dtype=compute) for t in dw]
     for d in range(D):
         run = _Direction(d, x, w_ih, w_hh, bias, w_hr, lengths, reset, reversed, steps, allow_tf32)
-        dh = None if dh_n is None else dh_n[d : d + 1]
+        last, across = None if dh_n is None else dh_n[d : d + 1], None
         dstate = None if dc_n is None else dc_n[d : d + 1].to(compute)
         for s in run.segments()[::-1]:
             here = slice(s.start, s.end)
@@ -312,11 +369,10 @@ def _backward(
                 h, state = run.start(s, h0, c0, y, c)
                 y_s = y[here, :, run.columns]
                 gates_s, c_s = gates[here, :, d : d + 1], c[here, :, d : d + 1]
-            dx_s, dh, dstate, *dw_s = ops.layer_backward(
-                None if dy is None else dy[here, :, run.columns], dh, dstate,
-                None if dc is None else dc[here, :, d : d + 1],
-                s.x, run.w_ih, run.w_hh, run.w_hr, h, state, s.lengths, s.reset, run.backwards,
-                y_s, gates_s, c_s, need_dx, need_dw, allow_tf32,
+            dx_s, across, dstate, *dw_s = run.backward(
+                s, None if dy is None else dy[here, :, run.columns], last, across, dstate,
+                None if dc is None else dc[here, :, d : d + 1], h, state, (y_s, gates_s, c_s),
+                need_dx, need_dw,
             )  # fmt: skip
             if need_dx:
                 dx_sum[here] = dx_s if d == 0 else dx_sum[here] + dx_s
@@ -325,8 +381,10 @@ def _backward(
                     total[d] += part[0]
             closed = run.closed(s.entry, truncate)
             if closed is not None:
-                dh, dstate = reference._zero(dh, closed), reference._zero(dstate, closed)
-        dh0[d] = 0 if dh is None else dh[0]
+                across, dstate = reference._zero(across, closed), reference._zero(dstate, closed)
+        if across is None:  # without a step
+            across = last
+        dh0[d] = 0 if across is None else across[0]
         dc0[d] = 0 if dstate is None else dstate[0]
     if D > 1:
         dx.copy_(dx_sum)

@@ -1,4 +1,4 @@
-"""checkpoint=k and truncate=k: the same numbers as loops over calls of k steps, in less memory."""
+"""checkpoint=k: a plain layer's bits in less memory. truncate=k: a loop over calls of k steps."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def run(p: Problem, d: Data, of: str = ALL, **modes: Any) -> Results:
     return helpers.run(call_with(**modes), p, d, of)
 
 
-def loop(k: int, detach: bool) -> Callable[[Problem, Data], Results]:
+def loop(k: int) -> Callable[[Problem, Data], Results]:
     """What users write: calls of k steps, the grid counted from the first step of time."""
 
     def call(p: Problem, d: Data) -> Results:
         starts = range(0, p.T, k)
         state, parts = d.hx, []
         for start in reversed(starts) if p.reverse else starts:
-            if detach and parts:
+            if parts:
                 state = (state[0].detach(), state[1].detach())
             y, state, cells = fused_lstm(
                 d.x[start : start + k], state, d.weights, return_cells=True, **p.options()
@@ -103,18 +103,57 @@ def test_any_output_alone(p: Problem, of: str) -> None:
     near(run(p, d, of, truncate=4, checkpoint=2), expected)
 
 
+# Of many rows, chunks and spans of a sum; of rows that end and begin inside them.
+LARGE = [
+    Problem(90, 16, 20, 32, lengths=True),
+    Problem(61, 1, 5, 7),
+    Problem(150, 7, 16, 130, reverse=True, lengths=True),
+    Problem(12, 300, 3, 24, reset=True),
+    Problem(40, 13, 33, 48, bidirectional=True, P=24, lengths=True, reset=True),
+    Problem(9, 3, 2, 520, P=40),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("p", PROBLEMS + LARGE, ids=str)
+def test_checkpoint_gives_the_bits_of_a_plain_backward(p: Problem, dtype: torch.dtype) -> None:
+    """Where pairs of bfloat16 are multiplied, a pair of rows must not fall into two segments."""
+    d = make(p).to(dtype)
+    pairs = dtype == torch.bfloat16 and ops._C.cpu_capability() == "avx512_bf16"
+    if pairs and (p.lengths or p.B % 2):
+        pytest.skip("an odd number of rows in a step")
+    plain = run(p, d)
+    for k in (1, 3, 4, 7, 20, 64):
+        if k <= max(p.T, 4):
+            same(run(p, d, checkpoint=k), plain)
+
+
+@pytest.mark.parametrize("p", LARGE[:4:3], ids=str)
+def test_the_bits_on_two_threads(p: Problem) -> None:
+    torch.set_num_threads(2)  # the fixture of all tests sets it back
+    d = make(p).to(torch.float32)
+    plain = run(p, d)
+    assert ops.plan_cpu(p.T, p.B, 1, p.I, p.H, p.H, torch.float32, True)["parts"] == min(2, p.B)
+    for k in (5, 40):
+        same(run(p, d, checkpoint=k), plain)
+
+
+@pytest.mark.parametrize("p", PROBLEMS[:4], ids=str)
+def test_truncated_gradients_have_the_same_bits_with_checkpoint(p: Problem) -> None:
+    d = make(p).to(torch.float32)
+    for truncate, k in ((4, 1), (4, 2), (3, 3), (6, 3)):
+        same(run(p, d, truncate=truncate, checkpoint=k), run(p, d, truncate=truncate))
+
+
 LOOPS = [Problem(11, 3, 5, 7), Problem(11, 8, 40, 33, reverse=True), Problem(9, 4, 3, 6, P=2)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=NAMES.get)
 @pytest.mark.parametrize("k", STEPS)
 @pytest.mark.parametrize("p", LOOPS, ids=str)
-def test_both_equal_loops(p: Problem, k: int, dtype: torch.dtype) -> None:
-    """To the bit where forward, too, runs in segments."""
+def test_truncate_equals_a_loop(p: Problem, k: int, dtype: torch.dtype) -> None:
     d = make(p).to(dtype)
-    same(run(p, d, checkpoint=k), helpers.run(loop(k, False), p, d, ALL))
-    detached = helpers.run(loop(k, True), p, d, ALL)
-    same(run(p, d, truncate=k, checkpoint=k), detached)
+    detached = helpers.run(loop(k), p, d, ALL)
     found, whole = run(p, d, truncate=k), run(p, d)
     for name in detached:
         assert error(found[name], detached[name]) <= helpers.BOUNDS[dtype][0], name
@@ -126,7 +165,7 @@ def test_both_equal_loops(p: Problem, k: int, dtype: torch.dtype) -> None:
 def test_truncated_layers_equal_a_loop_over_the_stack() -> None:
     p = Problem(10, 3, 4, 6, L=3)
     d = make(p).to(torch.float64)
-    near(run(p, d, truncate=3), helpers.run(loop(3, True), p, d, ALL))
+    near(run(p, d, truncate=3), helpers.run(loop(3), p, d, ALL))
 
 
 def test_no_wavefront_moves_the_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +190,7 @@ def test_rows_that_have_ended_keep_the_gradient_of_their_last_state(reverse: boo
         alone.hx = tuple(t.detach()[:, row].requires_grad_() for t in d.hx)
         alone.cotangents = {name: t[:, row] for name, t in d.cotangents.items()}
         q = Problem(n, 1, 3, 5, reverse=reverse)
-        expected = helpers.run(loop(4, True), q, alone, "h_n c_n") if n else {}
+        expected = helpers.run(loop(4), q, alone, "h_n c_n") if n else {}
         for name in ("dx", "dh0", "dc0") if n else ():
             part = found[name][:n, row] if name == "dx" else found[name][:, row]
             close(part, expected[name])
@@ -353,6 +392,23 @@ def test_the_ops_as_torch_checks_them(recompute: bool) -> None:
     for wanted in (True, False):
         arguments = (*backward, wanted, wanted, False)
         torch.library.opcheck(segment_ops.backward, arguments, test_utils=checks)
+
+
+def test_a_piece_as_torch_checks_it() -> None:
+    p = Problem(5, 3, 2, 4)
+    d = make(p).to(torch.float32)
+    x, (h0, c0) = d.x.detach(), [t.detach() for t in d.hx]
+    weights = [[w.detach()] for w in d.weights[0][:2]]
+    y, _, _, gates, c = ops.layer_forward(
+        x, *weights, [], [], h0, c0, None, None, 0, True, True, False
+    )
+    given = (torch.randn_like(y), None, None, None, x, *weights, None, h0, c0, None, None, 0)
+    carry, sums = torch.randn(1, 3, 16), ops.piece_sums(x, *weights, [])
+    arguments = (*given, y, gates, c, True, True, 2, 3, carry)
+    op = torch.ops.lstm_cuda.piece_backward.default
+    torch.library.opcheck(op, (*arguments, sums.zero_()), test_utils="test_schema")
+    with pytest.raises(RuntimeError, match=rf"sums must be \[{len(sums)}\]; got \[7\]"):
+        op(*arguments, sums[:7])
 
 
 @pytest.mark.parametrize("T, B", [(0, 3), (4, 0)])

@@ -19,15 +19,16 @@ struct BackwardWeights {
   Panels<M> w_hr;        // depth units(P), columns H
   bool w_ih_on_the_way;  // used by one chunk alone: packed panel by panel as it is needed
 
-  // Without a step before the last, and with no wish for dh0, nothing is multiplied by w_hh.
-  void reserve(Arena& arena, const LayerShape& s, bool need_dx, bool need_dh0, bool one_chunk) {
+  // Where no step comes after another and nobody wants dh0, nothing is multiplied by w_hh.
+  void reserve(Arena& arena, const LayerBackward& p, bool one_chunk) {
+    const LayerShape& s = p.shape;
     const auto panels = [&](int64_t depth, int64_t columns, bool keep) {
       return Panels<M>{arena.take<Unit>(keep ? Panels<M>::size(units<M>(depth), columns) : 0),
                        units<M>(depth), columns};
     };
     w_ih_on_the_way = one_chunk;
-    w_hh = panels(s.T > 1 || need_dh0 ? 4 * s.H : 0, s.P, true);
-    w_ih = panels(4 * s.H, need_dx ? s.I : 0, !one_chunk);
+    w_hh = panels(s.T > 1 || p.carry_in || p.dh0 ? 4 * s.H : 0, s.P, true);
+    w_ih = panels(4 * s.H, p.dx ? s.I : 0, !one_chunk);
     w_hr = panels(s.P, s.projected ? s.H : 0, true);
   }
 
@@ -86,8 +87,7 @@ struct ChunkGradients {
     dh = s.projected ? arena.take<Element>(steps * rows * stride_dh) : nullptr;
     m = s.projected ? arena.take<Element>(steps * rows * H) : nullptr;
   }
-  // Step `index` in the order of the recurrence and row b of the part; a chunk starts at a multiple
-  // of its steps.
+  // Step `index` in the order of the recurrence and row b of the part.
   int64_t slot(int64_t index, int64_t b) const { return index % steps * rows + b; }
   Element* dgates_at(int64_t slot) const { return dgates + slot * G; }
   Element* dh_at(int64_t slot) const { return dh ? dh + slot * stride_dh : nullptr; }
@@ -144,7 +144,7 @@ class BackwardJob {
 
   void begin(Walk& walk) const {
     for (int64_t b = 0; b < rows_; ++b) {
-      walk.carry[b] = zeros();
+      walk.carry[b] = p_.carry_in ? carried_ + b * G_ : zeros();
       walk.fresh[b] = false;
     }
   }
@@ -160,6 +160,11 @@ class BackwardJob {
                  p_.dc_n ? load_either<T, S>(p_.dc_n, p_.wide_c, from, left) : Vec<T>{});
         if (c0_)
           store<T>(c0_ + b * s_.H + j, load_either<T, S>(p_.c0, p_.wide_c, from, left), left);
+      }
+      for (int64_t j = 0; p_.carry_in && j < G_; j += lanes) {
+        const int left = lanes_left(j, G_, lanes);
+        const T* const from = static_cast<const T*>(p_.carry_in) + at * G_ + j;
+        store<T>(carried_ + b * G_ + j, load<T>(from, left), left);
       }
     }
   }
@@ -191,6 +196,7 @@ class BackwardJob {
   void finish(const Walk& walk, int64_t n) const {
     if (p_.dh0) finish_h(walk, n);
     if (p_.dc0 && n == 0) finish_c(walk);
+    if (p_.carry_out && n == 0) hand_on(walk);
   }
 
  private:
@@ -209,7 +215,10 @@ class BackwardJob {
           for (int v = 0; v < N; ++v) {
             const int64_t j = n * w_.w_hh.width + v * lanes, at = (base + b) * s_.P + j;
             const int left = lanes_left(j, s_.P, lanes);
-            if (unused && p_.dh_n) acc[r][v] = load<T>(static_cast<const S*>(p_.dh_n) + at, left);
+            if (unused && p_.dh_n) {
+              if (!p_.carry_in) acc[r][v] = Vec<T>{};
+              acc[r][v] += load<T>(static_cast<const S*>(p_.dh_n) + at, left);
+            }
             store<T>(static_cast<T*>(p_.dh0) + at, acc[r][v], left);
           }
         }
@@ -221,6 +230,16 @@ class BackwardJob {
     for (int64_t b = 0; b < rows_; ++b) {
       const T* dc = walk.fresh[b] ? zeros_ : dc_ + b * padded_;
       std::memcpy(static_cast<T*>(p_.dc0) + (d_ * s_.B + b0_ + b) * s_.H, dc, sizeof(T) * s_.H);
+    }
+  }
+
+  void hand_on(const Walk& walk) const {
+    for (int64_t b = 0; b < rows_; ++b) {
+      T* const out = static_cast<T*>(p_.carry_out) + (d_ * s_.B + b0_ + b) * G_;
+      for (int64_t j = 0; j < G_; j += lanes) {
+        const int left = lanes_left(j, G_, lanes);
+        store<T>(out + j, load<T>(walk.carry[b] + j, left), left);
+      }
     }
   }
 

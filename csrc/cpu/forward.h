@@ -61,7 +61,7 @@ class ForwardJob {
         padded_(groups_ * lanes),
         stride_h_(round_up(s_.P, 64)),
         stride_m_(round_up(s_.H, 64)),
-        chunk_(plan.input_within_step ? 1 : plan.chunk_steps(s_, rows_)),
+        chunk_(plan.input_within_step ? 1 : std::min(s_.T, plan.chunk_steps(rows_))),
         schedule_(schedule_of(s_, d, p.lengths, p.reset)) {
     h_ = arena.take<Element>(2 * rows_ * stride_h_);
     c_ = arena.take<T>(rows_ * padded_);
@@ -241,7 +241,7 @@ class ForwardJob {
                                      : load<T>(product[r].gates + gate * s_.H + j0, left);
             }
           }
-          accumulate<M, R, 4>(acc, a, group + k0 * 4 * lanes, depth);
+          accumulate<M, R, 4, chains_of(kRows, 4)>(acc, a, group + k0 * 4 * lanes, depth);
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4

@@ -4,6 +4,10 @@
 //   db += sum of dgates        dw_hr += dh^T m
 // Only rows that are active take part, so what stands past a row's length reaches nothing. Each is
 // cut into items that write apart from each other.
+//
+// Sums of weight gradients go from the last step to the first, each span of steps summed by itself
+// and then added. Spans are those of the whole sequence: one that a call has begun and not finished
+// is handed on to the next.
 #pragma once
 
 namespace lstm_cuda::LSTM_CPU_ISA {
@@ -15,6 +19,24 @@ struct WeightGradients {
   T* w_hh;  // [4H, P]
   T* b;     // [4H]
   T* w_hr;  // [P, H], with projection
+
+  struct Sizes {
+    int64_t w_ih, w_hh, b, w_hr;
+    explicit Sizes(const LayerShape& s)
+        : w_ih(4 * s.H * s.I), w_hh(4 * s.H * s.P), b(4 * s.H), w_hr(s.projected ? s.P * s.H : 0) {}
+    int64_t all() const { return w_ih + w_hh + b + w_hr; }
+  };
+  static WeightGradients at(T* first, const Sizes& size) {
+    return {first, first + size.w_ih, first + size.w_ih + size.w_hh,
+            first + size.all() - size.w_hr};
+  }
+};
+
+// The sums of one direction and part of the batch.
+template <class T>
+struct WeightSums {
+  WeightGradients<T> all;    // of the spans that are finished
+  WeightGradients<T> begun;  // of the one that another call finishes; null if all steps are here
 };
 
 template <class S, class M>
@@ -36,38 +58,46 @@ class GradientJob {
   struct Walk {
     Product* product;
     int64_t count;
+    int64_t* start;  // of each span, a product; after the last, count
+    int64_t spans;
+    bool begun_before, goes_on;  // the first span, and the last
     Unit* panel;
   };
 
   GradientJob(const LayerBackward& p, const BackwardWeights<M>& w, const ChunkGradients<M>& chunk,
-              const WeightGradients<T>& dw, Arena& arena)
+              const WeightSums<T>& dw, int64_t span, Arena& arena)
       : p_(p),
         s_(p.shape),
         w_(w),
         chunk_(chunk),
         dw_(dw),
+        span_(span),
         d_(chunk.d),
         G_(4 * s_.H),
         most_(chunk.steps * chunk.rows),
         depth_(round_up(units<M>(most_), kLanes<Unit>)),
         schedule_(schedule_of(s_, d_, p.lengths, p.reset)) {
     zeros_ = arena.take<S>(s_.P);
-    if (p.dw_ih) transposed_ = arena.take<Unit>((G_ + dh_columns()) * depth_);
+    if (p.sums_weights()) transposed_ = arena.take<Unit>((G_ + dh_columns()) * depth_);
   }
 
   Walk walk(Arena& arena) const {
-    const int64_t panel =
-        std::max(p_.dw_ih ? units<M>(most_) : 0, p_.dx && w_.w_ih_on_the_way ? units<M>(G_) : 0);
-    return {arena.take<Product>(most_), 0, arena.take<Unit>(panel * Panels<M>::width)};
+    const int64_t panel = std::max(p_.sums_weights() ? units<M>(most_) : 0,
+                                   p_.dx && w_.w_ih_on_the_way ? units<M>(G_) : 0);
+    Walk walk{};
+    walk.product = arena.take<Product>(most_);
+    walk.start = arena.take<int64_t>(chunk_.steps / span_ + 3);
+    walk.panel = arena.take<Unit>(panel * Panels<M>::width);
+    return walk;
   }
 
   void start() const {
     std::memset(static_cast<void*>(zeros_), 0, sizeof(S) * s_.P);
-    if (p_.dw_ih) {
-      std::memset(static_cast<void*>(dw_.w_ih), 0, sizeof(T) * G_ * s_.I);
-      std::memset(static_cast<void*>(dw_.w_hh), 0, sizeof(T) * G_ * s_.P);
-      std::memset(static_cast<void*>(dw_.b), 0, sizeof(T) * G_);
-      if (s_.projected) std::memset(static_cast<void*>(dw_.w_hr), 0, sizeof(T) * s_.P * s_.H);
+    if (p_.sums_weights() && p_.others.after == 0) {
+      std::memset(static_cast<void*>(dw_.all.w_ih), 0, sizeof(T) * G_ * s_.I);
+      std::memset(static_cast<void*>(dw_.all.w_hh), 0, sizeof(T) * G_ * s_.P);
+      std::memset(static_cast<void*>(dw_.all.b), 0, sizeof(T) * G_);
+      if (s_.projected) std::memset(static_cast<void*>(dw_.all.w_hr), 0, sizeof(T) * s_.P * s_.H);
     }
     for (int64_t t = 0; p_.dx && d_ == 0 && t < s_.T; ++t) {
       const int64_t width = s_.inputs * s_.I;
@@ -76,13 +106,18 @@ class GradientJob {
     }
   }
 
-  // The active rows of steps first .. last.
+  // The active rows of steps last-1 .. first, all in the order opposite to memory's: caches follow
+  // that.
   void plan_chunk(Walk& walk, int64_t first, int64_t last) const {
-    walk.count = 0;
-    const int64_t input = s_.input_of(d_);
-    for (int64_t index = first; index < last; ++index) {
+    const int64_t before = p_.others.before, input = s_.input_of(d_);
+    walk.count = walk.spans = 0;
+    walk.begun_before = last == s_.T && p_.others.after > 0 && (before + last) % span_ != 0;
+    walk.goes_on = first == 0 && before % span_ != 0;
+    for (int64_t index = last - 1; index >= first; --index) {
       const int64_t t = schedule_.time(index);
-      for (int64_t row = 0; row < chunk_.rows; ++row) {
+      if (index == last - 1 || (before + index + 1) % span_ == 0)
+        walk.start[walk.spans++] = walk.count;
+      for (int64_t row = chunk_.rows - 1; row >= 0; --row) {
         const int64_t b = chunk_.b0 + row;
         if (!schedule_.active(t, b)) continue;
         const int64_t slot = chunk_.slot(index, row), previous = schedule_.previous(t, b);
@@ -101,6 +136,7 @@ class GradientJob {
             p_.dx ? static_cast<T*>(p_.dx) + ((t * s_.B + b) * s_.inputs + input) * s_.I : nullptr};
       }
     }
+    walk.start[walk.spans] = walk.count;
   }
 
   int64_t input_items() const { return p_.dx ? w_.w_ih.count() : 0; }
@@ -114,7 +150,7 @@ class GradientJob {
         const Unit* a[R];
         for (int r = 0; r < R; ++r)
           a[r] = reinterpret_cast<const Unit*>(walk.product[first + r].dgates);
-        accumulate<M, R, N>(acc, a, panel, w_.w_ih.K);
+        accumulate<M, R, N, chains_of(kRows, N)>(acc, a, panel, w_.w_ih.K);
         for (int r = 0; r < R; ++r) {
           for (int v = 0; v < N; ++v) {
             const int64_t j = n * w_.w_ih.width + v * lanes;
@@ -128,7 +164,9 @@ class GradientJob {
   }
 
   // First the transposes, with the bias on the way; then the products, which need all of them.
-  int64_t transpose_items() const { return p_.dw_ih ? blocks(G_) + blocks(dh_columns()) : 0; }
+  int64_t transpose_items() const {
+    return p_.sums_weights() ? blocks(G_) + blocks(dh_columns()) : 0;
+  }
   void transpose_item(const Walk& walk, int64_t item) const {
     if (item < blocks(G_)) {
       const int64_t first = item * block, last = std::min(first + block, G_);
@@ -144,22 +182,26 @@ class GradientJob {
   // An item is a panel of columns, times some part of the rows of dw where there are more workers
   // than panels.
   int64_t weight_items(int workers) const {
-    return p_.dw_ih ? row_parts(workers) * (Panels<M>::count(s_.I) + Panels<M>::count(s_.P) +
-                                            Panels<M>::count(dh_columns() ? s_.H : 0))
-                    : 0;
+    return p_.sums_weights()
+               ? row_parts(workers) * (Panels<M>::count(s_.I) + Panels<M>::count(s_.P) +
+                                       Panels<M>::count(dh_columns() ? s_.H : 0))
+               : 0;
   }
   void weight_item(const Walk& walk, int64_t item, int workers) const {
     const int64_t parts = row_parts(workers), part = item % parts;
     int64_t n = item / parts;
     if (n < Panels<M>::count(s_.I)) {
-      return add_product(walk, transposed_, G_, part, parts, &Product::x, s_.I, n, dw_.w_ih);
+      return add_product(walk, transposed_, G_, part, parts, &Product::x, s_.I, n,
+                         &WeightGradients<T>::w_ih);
     }
     n -= Panels<M>::count(s_.I);
     if (n < Panels<M>::count(s_.P)) {
-      return add_product(walk, transposed_, G_, part, parts, &Product::h_prev, s_.P, n, dw_.w_hh);
+      return add_product(walk, transposed_, G_, part, parts, &Product::h_prev, s_.P, n,
+                         &WeightGradients<T>::w_hh);
     }
     n -= Panels<M>::count(s_.P);
-    add_product(walk, transposed_ + G_ * depth_, s_.P, part, parts, &Product::m, s_.H, n, dw_.w_hr);
+    add_product(walk, transposed_ + G_ * depth_, s_.P, part, parts, &Product::m, s_.H, n,
+                &WeightGradients<T>::w_hr);
   }
 
  private:
@@ -196,36 +238,70 @@ class GradientJob {
     }
   }
 
+  // Span k of the chunk, for a member of the sums.
+  struct Span {
+    int64_t first, last;  // products
+    const T* from;        // what a call before began; null: zeros
+    T* to;
+    bool adds;  // to what is there, or the next call goes on from here
+  };
+  Span span(const Walk& walk, int64_t k, T* WeightGradients<T>::* member) const {
+    const bool goes_on = walk.goes_on && k == walk.spans - 1;
+    return {walk.start[k], walk.start[k + 1],
+            k == 0 && walk.begun_before ? dw_.begun.*member : nullptr,
+            (goes_on ? dw_.begun : dw_.all).*member, !goes_on};
+  }
+
   void add_bias(const Walk& walk, int64_t first, int64_t last) const {
     for (int64_t g = first; g < last; g += lanes) {
       const int left = lanes_left(g, last, lanes);
-      Vec<T> sum{};
-      for (int64_t q = 0; q < walk.count; ++q) sum += load<T>(walk.product[q].dgates + g, left);
-      store<T>(dw_.b + g, load<T>(dw_.b + g, left) + sum, left);
+      for (int64_t k = 0; k < walk.spans; ++k) {
+        const Span here = span(walk, k, &WeightGradients<T>::b);
+        Vec<T> sum = here.from ? load<T>(here.from + g, left) : Vec<T>{};
+        for (int64_t q = here.first; q < here.last; ++q)
+          sum += load<T>(walk.product[q].dgates + g, left);
+        store<T>(here.to + g, here.adds ? load<T>(here.to + g, left) + sum : sum, left);
+      }
     }
   }
 
-  // out[row][column] += the sum over the chunk of left[row] times the rows that `member` points to,
-  // for panel n of the columns and one part of the rows.
+  // The member `sum`, at [row][column], += the sum over the chunk of left[row] times the rows that
+  // `member` points to, for panel n of the columns and one part of the rows.
   template <class R>
   void add_product(const Walk& walk, const Unit* left_operand, int64_t height, int64_t part,
                    int64_t parts, const R* Product::* member, int64_t columns, int64_t n,
-                   T* out) const {
+                   T* WeightGradients<T>::* sum) const {
     const int64_t K = units<M>(walk.count);
     pack_panel<M>(walk.panel, n, K, columns, rows_of(walk, member));
     const int64_t start = part * height / parts, end = (part + 1) * height / parts;
     call_with_vectors(Panels<M>::vectors(n, columns), [&]<int N>() {
-      for_row_tiles(end - start, [&]<int Rows>(int64_t first) {
-        Vec<T> acc[Rows][N] = {};
-        const Unit* a[Rows];
-        for (int r = 0; r < Rows; ++r) a[r] = left_operand + (start + first + r) * depth_;
-        accumulate<M, Rows, N>(acc, a, walk.panel, K);
-        for (int r = 0; r < Rows; ++r) {
-          for (int v = 0; v < N; ++v) {
-            const int64_t j = n * Panels<M>::width + v * lanes;
-            const int left = lanes_left(j, columns, lanes);
-            T* sum = out + (start + first + r) * columns + j;
-            store<T>(sum, load<T>(sum, left) + acc[r][v], left);
+      for_row_tiles<rows_of_one_chain(N)>(end - start, [&]<int Rows>(int64_t first) {
+        const int64_t column = n * Panels<M>::width, at = (start + first) * columns + column;
+        for (int64_t k = 0; k < walk.spans; ++k) {
+          const Span here = span(walk, k, sum);
+          // Where a unit is a pair, one that two spans share counts to the second.
+          const int64_t k0 = here.first / M::depth,
+                        k1 = k + 1 < walk.spans ? here.last / M::depth : K;
+          Vec<T> acc[Rows][N] = {};
+          const Unit* a[Rows];
+          for (int r = 0; r < Rows; ++r) a[r] = left_operand + (start + first + r) * depth_ + k0;
+          if (here.from) {
+#pragma GCC unroll 12
+            for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+              for (int v = 0; v < N; ++v) {
+                acc[r][v] = load<T>(here.from + at + r * columns + v * lanes,
+                                    lanes_left(column + v * lanes, columns, lanes));
+              }
+            }
+          }
+          accumulate<M, Rows, N, 1>(acc, a, walk.panel + k0 * N * lanes, k1 - k0);
+          for (int r = 0; r < Rows; ++r) {
+            for (int v = 0; v < N; ++v) {
+              const int left = lanes_left(column + v * lanes, columns, lanes);
+              T* const to = here.to + at + r * columns + v * lanes;
+              store<T>(to, here.adds ? load<T>(to, left) + acc[r][v] : acc[r][v], left);
+            }
           }
         }
       });
@@ -236,8 +312,8 @@ class GradientJob {
   const LayerShape& s_;
   const BackwardWeights<M>& w_;
   const ChunkGradients<M>& chunk_;
-  const WeightGradients<T> dw_;
-  const int64_t d_, G_, most_, depth_;
+  const WeightSums<T> dw_;
+  const int64_t span_, d_, G_, most_, depth_;
   const Schedule schedule_;
   S* zeros_;                    // h of no step
   Unit* transposed_ = nullptr;  // [4H (+ P)][depth]

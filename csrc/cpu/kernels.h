@@ -63,25 +63,26 @@ class Layer {
   static int64_t backward(const LayerBackward& p, const CpuPlan& plan, const Parallel& parallel,
                           void* block) {
     const LayerShape& s = p.shape;
-    const int64_t chunk = plan.chunk_steps(s, (s.B + plan.parts - 1) / plan.parts),
+    const int64_t rows = (s.B + plan.parts - 1) / plan.parts, chunk = plan.chunk_steps(rows),
                   count = plan.parts * s.D;
+    const bool one_chunk = p.others.before % chunk + s.T <= chunk && plan.parts == 1;
     Arena arena(block);
     std::vector<BackwardWeights<M>> weights(s.D);
-    for (auto& w : weights)
-      w.reserve(arena, s, p.dx != nullptr, p.dh0 != nullptr, chunk == s.T && plan.parts == 1);
-    std::vector<WeightGradients<T>> dw = weight_gradients(p, plan, arena);
+    for (auto& w : weights) w.reserve(arena, p, one_chunk);
+    const std::vector<WeightSums<T>> dw = weight_sums(p, plan, arena);
     std::vector<ChunkGradients<M>>
         chunks;  // part by part, directions within; so are the jobs and the products
     chunks.reserve(count);
     for (int64_t k = 0; k < count; ++k)
-      chunks.emplace_back(s, plan, k % s.D, k / s.D, chunk, arena);
+      chunks.emplace_back(s, plan, k % s.D, k / s.D, std::min(s.T, chunk), arena);
     Backward run;
     run.jobs.reserve(count);
     run.products.reserve(count);
     for (int64_t k = 0; k < count; ++k)
       run.jobs.emplace_back(p, weights[k % s.D], chunks[k], arena);
     for (int64_t k = 0; k < count; ++k)
-      run.products.emplace_back(p, weights[k % s.D], chunks[k], dw[k], arena);
+      run.products.emplace_back(p, weights[k % s.D], chunks[k], dw[k], plan.span_steps(rows),
+                                arena);
     run.walks = walks_of(run.jobs, plan, s.D, arena);
     run.lists.reserve(plan.workers);
     for (int k = 0; k < plan.workers; ++k) run.lists.push_back(run.products.back().walk(arena));
@@ -95,13 +96,16 @@ class Layer {
       worker.each(s.D * pieces, [&](int64_t item) {
         weights[item / pieces].template pack<S>(p, item / pieces, item % pieces);
       });
-      if (plan.in_step) return run.part(0, &run.walks[id * s.D], run.lists[id], s, chunk, worker);
-      worker.each(plan.parts, [&](int64_t part) {
-        Team alone(1);
-        Team::Worker self(alone, 0);
-        run.part(part, &run.walks[part * s.D], run.lists[id], s, chunk, self);
-      });
-      if (p.dw_ih) add_parts(dw, s, plan, worker);
+      if (plan.in_step) {
+        run.part(0, &run.walks[id * s.D], run.lists[id], p, chunk, worker);
+      } else {
+        worker.each(plan.parts, [&](int64_t part) {
+          Team alone(1);
+          Team::Worker self(alone, 0);
+          run.part(part, &run.walks[part * s.D], run.lists[id], p, chunk, self);
+        });
+      }
+      if (p.dw_ih) add_parts(p, dw, plan, worker);
     });
     return arena.used();
   }
@@ -118,43 +122,49 @@ class Layer {
     return walks;
   }
 
-  struct Sizes {
-    int64_t w_ih, w_hh, b, w_hr;
-    explicit Sizes(const LayerShape& s)
-        : w_ih(4 * s.H * s.I), w_hh(4 * s.H * s.P), b(4 * s.H), w_hr(s.projected ? s.P * s.H : 0) {}
-  };
+  using Sizes = typename WeightGradients<T>::Sizes;
 
-  // The first part sums in the result, the others beside it.
-  static std::vector<WeightGradients<T>> weight_gradients(const LayerBackward& p,
-                                                          const CpuPlan& plan, Arena& arena) {
+  // Those of direction d, of the whole batch.
+  static WeightGradients<T> result(const LayerBackward& p, int64_t d) {
+    const Sizes size(p.shape);
+    return {static_cast<T*>(p.dw_ih) + d * size.w_ih, static_cast<T*>(p.dw_hh) + d * size.w_hh,
+            static_cast<T*>(p.db) + d * size.b, static_cast<T*>(p.dw_hr) + d * size.w_hr};
+  }
+
+  // Where a call has all steps, the first part sums in the result, the others beside it.
+  static std::vector<WeightSums<T>> weight_sums(const LayerBackward& p, const CpuPlan& plan,
+                                                Arena& arena) {
     const int64_t D = p.shape.D;
     const Sizes size(p.shape);
-    std::vector<WeightGradients<T>> dw(plan.parts * D);
-    for (int64_t k = 0; p.dw_ih && k < plan.parts * D; ++k) {
-      if (k < D) {
-        dw[k] = {static_cast<T*>(p.dw_ih) + k * size.w_ih, static_cast<T*>(p.dw_hh) + k * size.w_hh,
-                 static_cast<T*>(p.db) + k * size.b, static_cast<T*>(p.dw_hr) + k * size.w_hr};
+    std::vector<WeightSums<T>> dw(plan.parts * D);
+    for (int64_t k = 0; p.sums_weights() && k < plan.parts * D; ++k) {
+      if (p.sums) {
+        T* const own = static_cast<T*>(p.sums) + 2 * k * size.all();
+        dw[k] = {WeightGradients<T>::at(own, size), WeightGradients<T>::at(own + size.all(), size)};
+      } else if (k < D) {
+        dw[k].all = result(p, k);
       } else {
-        dw[k] = {arena.take<T>(size.w_ih), arena.take<T>(size.w_hh), arena.take<T>(size.b),
-                 arena.take<T>(size.w_hr)};
+        dw[k].all = {arena.take<T>(size.w_ih), arena.take<T>(size.w_hh), arena.take<T>(size.b),
+                     arena.take<T>(size.w_hr)};
       }
     }
     return dw;
   }
 
   // Adds what all parts found, in their order.
-  static void add_parts(const std::vector<WeightGradients<T>>& dw, const LayerShape& s,
+  static void add_parts(const LayerBackward& p, const std::vector<WeightSums<T>>& dw,
                         const CpuPlan& plan, Team::Worker& worker) {
-    const Sizes size(s);
-    const int64_t slices = worker.workers();
-    worker.each(s.D * slices, [&](int64_t item) {
+    const int64_t D = p.shape.D, slices = worker.workers();
+    const Sizes size(p.shape);
+    worker.each(D * slices, [&](int64_t item) {
       const int64_t d = item / slices, slice = item % slices;
       const auto add = [&](T* WeightGradients<T>::* member, int64_t count) {
+        const int64_t first = slice * count / slices, last = (slice + 1) * count / slices;
+        T* const sum = result(p, d).*member;
+        if (p.sums) std::copy(dw[d].all.*member + first, dw[d].all.*member + last, sum + first);
         for (int64_t part = 1; part < plan.parts; ++part) {
-          T* const sum = dw[d].*member;
-          const T* const more = dw[part * s.D + d].*member;
-          for (int64_t k = slice * count / slices; k < (slice + 1) * count / slices; ++k)
-            sum[k] += more[k];
+          const T* const more = dw[part * D + d].all.*member;
+          for (int64_t k = first; k < last; ++k) sum[k] += more[k];
         }
       };
       add(&WeightGradients<T>::w_ih, size.w_ih);
@@ -174,7 +184,9 @@ class Layer {
 
     // All directions of one part of the batch, by the workers of one team.
     void part(int64_t part, typename Job::Walk* mine, typename Products::Walk& list,
-              const LayerShape& s, int64_t chunk, Team::Worker& worker) {
+              const LayerBackward& p, int64_t chunk, Team::Worker& worker) {
+      const LayerShape& s = p.shape;
+      const int64_t before = p.others.before;
       Job* const job = &jobs[part * s.D];
       const Products* const product = &products[part * s.D];
       for (int64_t d = 0; d < s.D; ++d) job[d].begin(mine[d]);
@@ -183,7 +195,7 @@ class Layer {
         product[d].start();
       });
       for (int64_t last = s.T; last > 0;) {
-        const int64_t first = (last - 1) / chunk * chunk;
+        const int64_t first = std::max<int64_t>(0, (before + last - 1) / chunk * chunk - before);
         Job::run_chunk(job, mine, s.D, first, last, worker);
         for (int64_t d = 0; d < s.D; ++d) multiply(product[d], list, first, last, worker);
         last = first;

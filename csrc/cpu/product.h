@@ -81,16 +81,19 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
 constexpr int kColumns = 4;
 constexpr int kRows = LSTM_VECTOR_REGISTERS >= 32 ? 6 : 3;
 
-// acc[r][v] += sum over k of a[r][k] panel[k][v]. With few rows, independent chains over k hide the
-// latency of the sum.
-template <class M, int R, int N>
+// A tile has so many sums that the latency of one is hidden, or independent chains over k for each, or
+// greater height.
+constexpr int kSums = LSTM_VECTOR_REGISTERS >= 32 ? 12 : 8;
+constexpr int chains_of(int R, int N) { return R * N >= kSums ? 1 : (2 * R * N >= kSums ? 2 : 4); }
+constexpr int rows_of_one_chain(int N) { return std::max(kRows, (kSums + N - 1) / N); }
+
+// acc[r][v] += sum over k of a[r][k] panel[k][v].
+template <class M, int R, int N, int chains>
 LSTM_INLINE void accumulate_block(Vec<typename M::Compute> (&acc)[R][N],
                                   const typename M::Unit* const (&a)[R],
                                   const typename M::Unit* panel, int64_t K) {
   using T = typename M::Compute;
   using Unit = typename M::Unit;
-  constexpr int enough = LSTM_VECTOR_REGISTERS >= 32 ? 12 : 8;
-  constexpr int chains = R * N >= enough ? 1 : (2 * R * N >= enough ? 2 : 4);
   constexpr int lanes = kLanes<Unit>;
   int64_t k = 0;
   if constexpr (chains > 1) {
@@ -101,7 +104,7 @@ LSTM_INLINE void accumulate_block(Vec<typename M::Compute> (&acc)[R][N],
 #pragma GCC unroll 4
         for (int v = 0; v < N; ++v) {
           const Vec<Unit> b = load_lanes<Vec<Unit>>(panel + ((k + chain) * N + v) * lanes, lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
           for (int r = 0; r < R; ++r) {
             M::multiply_add(chain == 0 ? acc[r][v] : part[chain - 1][r][v], a[r][k + chain], b);
           }
@@ -110,7 +113,7 @@ LSTM_INLINE void accumulate_block(Vec<typename M::Compute> (&acc)[R][N],
     }
 #pragma GCC unroll 4
     for (int chain = 0; chain < chains - 1; ++chain)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < N; ++v) acc[r][v] += part[chain][r][v];
@@ -119,7 +122,7 @@ LSTM_INLINE void accumulate_block(Vec<typename M::Compute> (&acc)[R][N],
     Vec<Unit> b[N];
 #pragma GCC unroll 4
     for (int v = 0; v < N; ++v) b[v] = load_lanes<Vec<Unit>>(panel + (k * N + v) * lanes, lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const Unit value = a[r][k];
 #pragma GCC unroll 4
@@ -132,7 +135,7 @@ constexpr int64_t kBlock = 512;
 
 // What is left of a long sum after its first block. Apart, so that the accumulators of the caller
 // stay in registers.
-template <class M, int R, int N>
+template <class M, int R, int N, int chains>
 __attribute__((noinline)) void accumulate_rest(Vec<typename M::Compute> (&sum)[R][N],
                                                const typename M::Unit* const (&a)[R],
                                                const typename M::Unit* panel, int64_t K) {
@@ -140,23 +143,24 @@ __attribute__((noinline)) void accumulate_rest(Vec<typename M::Compute> (&sum)[R
     Vec<typename M::Compute> part[R][N] = {};
     const typename M::Unit* here[R];
     for (int r = 0; r < R; ++r) here[r] = a[r] + k;
-    accumulate_block<M, R, N>(part, here, panel + k * N * kLanes<typename M::Unit>,
-                              std::min(kBlock, K - k));
+    accumulate_block<M, R, N, chains>(part, here, panel + k * N * kLanes<typename M::Unit>,
+                                      std::min(kBlock, K - k));
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < N; ++v) sum[r][v] += part[r][v];
   }
 }
 
 // The same for any depth: long sums go in blocks, so that rounding errors grow with the number of
-// blocks, not of terms.
-template <class M, int R, int N>
+// blocks, not of terms. Where tiles are cut from rows of several steps, a sum must not depend on the
+// height of its tile: then the number of chains is given.
+template <class M, int R, int N, int chains = chains_of(R, N)>
 LSTM_INLINE void accumulate(Vec<typename M::Compute> (&acc)[R][N],
                             const typename M::Unit* const (&a)[R], const typename M::Unit* panel,
                             int64_t K) {
-  accumulate_block<M, R, N>(acc, a, panel, std::min(kBlock, K));
+  accumulate_block<M, R, N, chains>(acc, a, panel, std::min(kBlock, K));
   if (K <= kBlock) return;
   Vec<typename M::Compute> rest[R][N] = {};
-  accumulate_rest<M, R, N>(rest, a, panel, K);
+  accumulate_rest<M, R, N, chains>(rest, a, panel, K);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -168,7 +172,7 @@ LSTM_INLINE void accumulate(Vec<typename M::Compute> (&acc)[R][N],
 
 // Calls body.template operator()<R>(first) for tiles that cover rows 0..count, all of nearly equal
 // height.
-template <int R = kRows, class Body>
+template <int R, class Body>
 LSTM_INLINE void call_with_rows(int rows, int64_t first, Body&& body) {
   if constexpr (R >= 1) {
     if (rows == R) {
@@ -179,13 +183,13 @@ LSTM_INLINE void call_with_rows(int rows, int64_t first, Body&& body) {
   }
 }
 
-template <class Body>
+template <int most = kRows, class Body>
 LSTM_INLINE void for_row_tiles(int64_t count, Body&& body) {
-  const int64_t tiles = (count + kRows - 1) / kRows;
+  const int64_t tiles = (count + most - 1) / most;
   int64_t first = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t rows = (count - first) / (tiles - tile);
-    call_with_rows(int(rows), first, body);
+    call_with_rows<most>(int(rows), first, body);
     first += rows;
   }
 }
