@@ -48,6 +48,7 @@ def fused_lstm(
     checkpoint: int | None = None,
     truncate: int | None = None,
     packed: Sequence[PackedWeights] | None = None,
+    wide_c: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """A stack of L LSTM layers with D directions, as a function of its weights.
 
@@ -102,11 +103,13 @@ def fused_lstm(
             gradient. With ``checkpoint``, a multiple of that.
         packed: L places where calls without gradients keep packed weights, as
             ``FusedLSTM.freeze`` makes them.
+        wide_c: under autocast, take c_0 and give c_n in float32, so that nothing of c is lost
+            between calls.
 
     Returns:
         output [T, B, D*P] ([B, T, D*P] with ``batch_first``), (h_n [L*D, B, P], c_n [L*D, B, H])
         and, with ``return_cells``, cells [T, B, D*H] (or [B, T, D*H]). All in x's dtype, or in the
-        autocast dtype.
+        autocast dtype, but for ``wide_c``.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument is wrong; the message says which, what was
@@ -119,10 +122,12 @@ def fused_lstm(
         raise _bad_input(x, batch_first)
     if hx is not None:
         hx = check_pair(hx)
-    dtype = autocast_dtype(x.device.type)
+    dtype, c_dtype = autocast_dtype(x.device.type), None
     if dtype is not None:
         x = _cast(x, dtype)
-        hx = None if hx is None else (_cast(hx[0], dtype), _cast(hx[1], dtype))
+        if wide_c:
+            c_dtype = ops.compute_dtype(x.dtype)
+        hx = None if hx is None else (_cast(hx[0], dtype), _cast(hx[1], c_dtype or dtype))
         weights = [[_cast(w, dtype) for w in row] for row in weights]
         if peephole is not None:
             peephole = [[_cast(w, dtype) for w in row] for row in peephole]
@@ -136,9 +141,11 @@ def fused_lstm(
     if dropout != 0:
         check_probability("dropout", dropout)
     if hx is not None:
-        _check_hx(hx, x, L * D, B, H, P)
+        _check_hx(hx, x, L * D, B, H, P, c_dtype or x.dtype)
     check_segments(checkpoint, truncate)
     h0, c0 = (None, None) if hx is None else hx
+    if c0 is None and c_dtype is not None:
+        c0 = x.new_zeros(L * D, B, H, dtype=c_dtype)
     if lengths is not None:
         lengths = _check_lengths(lengths, T, B, x.device)
     if reset is not None:
@@ -219,9 +226,9 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 def native_dtype(x: Tensor, hx: tuple[Tensor, Tensor] | None) -> torch.dtype | None:
     """The dtype of c under autocast where torch steps through time.
 
-    It does so for packed, projected and float16 input, and in cells. On a CPU it autocasts the
-    products alone there, and c keeps the wider dtype of those and of c_0. None where autocast is
-    off.
+    It does so for packed input of several lengths, projected and float16 input, and in cells. On a
+    CPU it autocasts the products alone there, and c keeps the wider dtype of those and of c_0. None
+    where autocast is off.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is None or x.device.type != "cpu":
@@ -338,9 +345,11 @@ def _check_weights(x: Tensor, weights: Sequence[Sequence[Tensor]], D: int) -> tu
     return H, P
 
 
-def _check_hx(hx: tuple[Tensor, Tensor], x: Tensor, LD: int, B: int, H: int, P: int) -> None:
-    for k, (t, size) in enumerate(zip(hx, (P, H), strict=True)):
-        if t.shape != (LD, B, size) or t.dtype != x.dtype or t.device != x.device:
+def _check_hx(
+    hx: tuple[Tensor, Tensor], x: Tensor, LD: int, B: int, H: int, P: int, c_dtype: torch.dtype
+) -> None:
+    for k, (t, size, dtype) in enumerate(zip(hx, (P, H), (x.dtype, c_dtype), strict=True)):
+        if t.shape != (LD, B, size) or t.dtype != dtype or t.device != x.device:
             name = "hidden_size" if k or P == H else "proj_size"
             raise _bad_tensor(
                 f"hx[{k}]", t, (LD, B, size), x, f" (num_layers * num_directions, batch, {name})"

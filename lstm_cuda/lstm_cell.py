@@ -67,8 +67,9 @@ class FusedLSTMCell(nn.RNNCellBase):
         if self.bias:
             row += [self.bias_ih, self.bias_hh]
         x = input.unsqueeze(0) if batched else input.unsqueeze(0).unsqueeze(0)
-        _, (h, c), *_ = fused_lstm(x, hx, [row], backend=self.backend)
         dtype = native_dtype(x, hx)
+        wide = dtype is torch.float32
+        _, (h, c), *_ = fused_lstm(x, hx, [row], backend=self.backend, wide_c=wide)
         if dtype is not None:
             h, c = h.to(dtype), c.to(dtype)
         h, c = h.squeeze(0), c.squeeze(0)

@@ -271,8 +271,10 @@ class FusedLSTM(nn.RNNBase):
         reset: Tensor | None,
         return_cells: bool,
         batch_first: bool,
-        packed: bool = False,
+        ragged: bool = False,
     ) -> tuple[Any, ...]:
+        steps = ragged or self.proj_size > 0 or x.dtype is torch.float16
+        dtype = native_dtype(x, hx) if steps else None
         result = fused_lstm(
             x,
             hx,
@@ -292,9 +294,8 @@ class FusedLSTM(nn.RNNBase):
             checkpoint=self.checkpoint,
             truncate=self.truncate,
             packed=self._packed,
+            wide_c=dtype is torch.float32,
         )
-        steps = packed or self.proj_size > 0 or x.dtype is torch.float16
-        dtype = native_dtype(x, hx) if steps else None
         if dtype is None:
             return result
         output, (h_n, c_n), *cells = result
@@ -366,7 +367,7 @@ class FusedLSTM(nn.RNNBase):
             if order is not None and reset.shape == (T, B):
                 reset = reset.index_select(1, order)
         output, state, *cells = self._run(
-            x, hx, present.sum(0), reset, return_cells, False, packed=True
+            x, hx, present.sum(0), reset, return_cells, False, ragged=int(batch_sizes[-1]) < B
         )
         repacked = [
             PackedSequence(part.flatten(0, 1).index_select(0, index), batch_sizes, order, back)

@@ -44,6 +44,7 @@ class Run:
         c: Tensor,
     ) -> None:
         self._dtype, self._compute = x.dtype, ops.compute_dtype(x.dtype)
+        self._c_dtype = x.dtype if c0 is None else c0.dtype
         self._results = y, gates
         with without_autocast(x.device.type):
             D = len(w_hh)
@@ -107,7 +108,7 @@ class Run:
                     dh = add(b_h, after(product(dz, self._w_hh), fresh))
                     assert dh is not None
                     dw_hr = outer_products(dh, self._m, self._dtype)
-            return dx, dh0.to(self._dtype), dc0.to(self._dtype), dw_ih, dw_hh, db, dw_hr
+            return dx, dh0.to(self._dtype), dc0.to(self._c_dtype), dw_ih, dw_hh, db, dw_hr
 
     def tangents(
         self,
@@ -155,7 +156,7 @@ class Run:
             dy = steps.restore(dh).flatten(2).to(y.dtype)
             dgates = steps.restore(steps.mask(dz * self._slope)).to(gates.dtype)
             dh_n, dc_n = steps.last(dh, h0), steps.last(dc, c0)
-            return dy, dh_n.to(y.dtype), dc_n.to(y.dtype), dgates, steps.restore(dc)
+            return dy, dh_n.to(y.dtype), dc_n.to(self._c_dtype), dgates, steps.restore(dc)
 
     def _input_weights(self, w_ih: Tensor) -> Tensor:
         """w_ih [D, 4H, I] as [n, D/n * 4H, I], for the n inputs that x holds side by side."""

@@ -116,6 +116,7 @@ def _wavefront(
     x's dtype, h and its gradient, is rounded to that in every step anyway.
     """
     T, L = x.shape[0], len(rows)
+    c_dtypes = [x.dtype if state is None else state.dtype for state in c]
     c = [_wide_state(x, rows[n][0], c[n]) for n in range(L)]
     weights = [[[_shares(w, chunks) for w in row] for row in rows[n]] for n in range(L)]
     bounds = [T * k // chunks for k in range(chunks + 1)]
@@ -139,7 +140,7 @@ def _wavefront(
     streams.join([*below[L], *states, *(t for t in (*h, *c) if t is not None)])
     output = torch.cat(below[L])
     h_n = [t for t in h if t is not None]
-    c_n = [t.to(x.dtype) for t in c if t is not None]
+    c_n = [t.to(dtype) for t, dtype in zip(c, c_dtypes, strict=True) if t is not None]
     return output, h_n, c_n, torch.cat(states) if cells else states[-1]
 
 

@@ -127,7 +127,7 @@ def test_autocast_is_the_module_in_that_dtype(
     for a, b in zip(found, expected, strict=True):
         assert_equal(a.to(half), b)
     for outputs in (found, expected):  # backward outside the region
-        sum(t.float().sin().sum() for t in outputs).backward()
+        sum(t.to(half).float().sin().sum() for t in outputs).backward()
     for p, q in zip(fused.parameters(), converted.parameters(), strict=True):
         assert p.grad is not None and p.grad.dtype == torch.float32
         assert_equal(p.grad, q.grad.float())
@@ -243,6 +243,56 @@ def test_the_cell_state_is_kept_in_float32(how: str, half: torch.dtype, device: 
     torch.testing.assert_close(gained, torch.full_like(gained, T * added), rtol=0.25, atol=0)
 
 
+def small_sums(module: nn.Module, half: torch.dtype) -> float:
+    """Makes each step add half a unit in the last place of a 16-bit number from 4 up to c."""
+    added = torch.finfo(half).eps * 2
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+        module.get_parameter("bias_ih" + ("_l0" if isinstance(module, nn.RNNBase) else "")).copy_(
+            torch.tensor([20.0, 20.0, added, 0.0]).repeat_interleave(3)
+        )
+    return added
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@both_halves
+@pytest.mark.parametrize("way", ["cell", "packed", "projected", "x16"])
+@pytest.mark.parametrize("given", ["float32", "half", "nohx"])
+def test_between_calls_c_is_as_exact_as_in_torch(
+    given: str, way: str, half: torch.dtype, device: str
+) -> None:
+    """A call for each step: c in float32 where torch keeps that, else a sum in 16 bits stands."""
+    options = {"proj_size": 2} if way == "projected" else {}
+    modules = pair(2, 3, device=device, **options)
+    if way == "cell":
+        modules = nn.LSTMCell(2, 3, device=device), FusedLSTMCell(2, 3, device=device)
+    c_dtype = half if given == "half" else torch.float32
+    c_n = []
+    for module in modules:
+        added = small_sums(module, half)
+        x = torch.zeros(2 if way == "packed" else 1, 2, 2, device=device)
+        if way == "x16":
+            x = x.half()
+        h, c = torch.zeros(1, 2, options.get("proj_size", 3)), torch.full((1, 2, 3), 4.0)
+        state: Any = None if given == "nohx" else (h.to(device), c.to(device, c_dtype))
+        if way == "cell":
+            x, state = x[0], None if state is None else tuple(t[0] for t in state)
+        for _ in range(16):
+            with torch.autocast(device, half):
+                if way == "cell":
+                    state = module(x, state)
+                else:
+                    rows = pack_padded_sequence(x, torch.tensor([2, 1])) if way == "packed" else x
+                    state = module(rows, state)[1]
+        c_n.append(state[1][..., 1, :])  # of a row that has one step in each call
+    theirs, ours = c_n
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+    gained = ours.float() - (0 if given == "nohx" else 4)
+    assert (gained == 0).all() if given == "half" else (gained > 15 * added).all()
+
+
 @both_halves
 def test_checkpointing_recomputes_in_the_same_dtype(half: torch.dtype, device: str) -> None:
     fused = FusedLSTM(3, 4, 2, device=device)
@@ -264,6 +314,23 @@ def test_double_backward(device: str) -> None:
         (grad,) = torch.autograd.grad(fused(x)[0].float().pow(2).sum(), x, create_graph=True)
         grad.pow(2).sum().backward()
     assert x.grad is not None and torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
+
+
+def test_derivatives_of_a_state_in_float32_are_not_rounded() -> None:
+    cell = FusedLSTMCell(3, 4)
+    h, c = torch.randn(2, 4), torch.randn(2, 4, requires_grad=True)
+    x = torch.randn(2, 3)
+
+    def c_n(c: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return cell(x, (h, c))[1]
+
+    plain = torch.autograd.grad(c_n(c).sum(), c)[0]
+    twice = torch.autograd.grad(c_n(c).sum(), c, create_graph=True)[0]
+    _, tangent = torch.func.jvp(c_n, (c.detach(),), (torch.ones(2, 4),))
+    for found in (twice, tangent):  # dc_n/dc_0 is f
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, plain, rtol=1e-6, atol=0)
 
 
 def scaled_step(
