@@ -294,17 +294,13 @@ def _empty_backward(
     allow_tf32: bool,
 ) -> tuple[Tensor, ...]:
     """The results of ``_backward``, not filled in."""
-    T, B, D, H, P = ops._sizes(x, w_hh)
-    features = x.shape[2]
-    return (
-        x.new_empty((T, B, features) if need_dx else 0),
-        x.new_empty(D, B, P),
-        x.new_empty(D, B, H, dtype=ops.compute_dtype(x.dtype)),
-        x.new_empty((D, 4 * H, features) if need_dw else 0),
-        x.new_empty((D, 4 * H, P) if need_dw else 0),
-        x.new_empty((D, 4 * H) if need_dw else 0),
-        x.new_empty((D, P, H) if need_dw and w_hr else 0),
-    )
+    dx, _, _, *dw = ops._layer_backward_fake(
+        dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, None, None, lengths, reset, reversed, x, x, x,
+        need_dx, need_dw, allow_tf32,
+    )  # fmt: skip
+    _, B, D, H, P = ops._sizes(x, w_hh)
+    dc0 = x.new_empty(D, B, H, dtype=ops.compute_dtype(x.dtype))
+    return dx, x.new_empty(D, B, P), dc0, *dw
 
 
 def _backward(
