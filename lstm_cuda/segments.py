@@ -197,7 +197,10 @@ def _differentiable_backward(
     needs: tuple[bool, ...],
     grads: tuple[Tensor | None, ...],
 ) -> list[Tensor | None]:
-    """The gradients as differentiable functions: those of the layer recomputed by the reference."""
+    """The gradients as differentiable functions: those of the whole layer, run again.
+
+    By the reference where gradients end at boundaries, which the fused layer has none of.
+    """
     lengths, reset = ctx.saved_tensors[3:5]
     wanted = [k for k, need in enumerate(needs) if need]
     present = [k for k, grad in enumerate(grads) if grad is not None]
@@ -208,9 +211,11 @@ def _differentiable_backward(
             given[k] = t
         x, h0, c0, *flat = given
         rows = [flat[d :: ctx.D] for d in range(ctx.D)]
-        outputs = reference.lstm_layer(
-            x, rows, h0, c0, lengths, reset, ctx.reversed, truncate=ctx.truncate
-        )
+        arguments = x, rows, h0, c0, lengths, reset, ctx.reversed
+        if ctx.truncate is None:
+            outputs = fused_layer(*arguments, True)
+        else:
+            outputs = reference.lstm_layer(*arguments, truncate=ctx.truncate)
         return tuple(outputs[k] for k in present)
 
     pull_back = torch.func.vjp(layer, *(inputs[k] for k in wanted))[1]

@@ -314,6 +314,20 @@ def test_backward_twice_and_of_backward(modes: dict[str, int]) -> None:
         close(a, b, 1e-11)
 
 
+def test_double_backward_with_checkpoint_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    lstm = FusedLSTM(3, 4, checkpoint=2, dtype=torch.float64)
+    x = torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def second() -> Tensor:
+        (grad,) = torch.autograd.grad(lstm(x)[0].pow(2).sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.pow(2).sum(), x)[0]
+
+    monkeypatch.delattr("lstm_cuda.reference.lstm_layer")
+    found = second()
+    lstm.checkpoint = None
+    close(found, second())
+
+
 def test_with_other_memory_savers() -> None:
     lstm = FusedLSTM(3, 4, 2, bidirectional=True, checkpoint=2, dtype=torch.float64)
     x = torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True)
