@@ -22,10 +22,13 @@ from .layer import (
     _flat_gradients,
     _requires_grad,
     _transformed,
+    _TransformedLayer,
     fused_layer,
     tf32_allowed,
 )
 from .packed import PackedWeights
+from .recurrence import forward_mode
+from .second_order import Run
 
 
 def check_segments(checkpoint: int | None, truncate: int | None) -> None:
@@ -72,19 +75,20 @@ def segmented_layer(
         As ``fused_layer``.
 
     Raises:
-        NotImplementedError: under vmap or forward-mode differentiation.
+        NotImplementedError: under vmap and, with ``truncate``, forward-mode differentiation.
     """
     D = len(weights)
     flat = [w for column in zip(*weights, strict=True) for w in column]
     transformed = _transformed(x, flat, h0, c0)
-    if not transformed and not (torch.is_grad_enabled() and _requires_grad(x, flat, h0, c0)):
+    recorded = torch.is_grad_enabled()
+    if not transformed and not (recorded and _requires_grad(x, flat, h0, c0)):
         return fused_layer(x, weights, h0, c0, lengths, reset, reversed, cells, packed)
     if c0 is not None and c0 is h0:
         c0 = c0.view_as(c0)  # torch.compile refuses the same tensor twice
     function = _TransformedSegments if transformed else _Segments
     y, h_n, c_n, *others = function.apply(
         x, h0, c0, lengths, reset, reversed, cells, D, tf32_allowed(x.device.type, x.dtype),
-        checkpoint, truncate, *flat,
+        recorded, checkpoint, truncate, *flat,
     )  # fmt: skip
     return y, h_n, c_n, others[1] if checkpoint is None else others[0]
 
@@ -106,6 +110,7 @@ class _TransformedSegments(torch.autograd.Function):
         cells: bool,
         D: int,
         allow_tf32: bool,
+        recorded: bool,
         checkpoint: int | None,
         truncate: int | None,
         *flat: Tensor,
@@ -117,17 +122,7 @@ class _TransformedSegments(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, h0, c0, lengths, reset, ctx.reversed, ctx.cells, ctx.D, ctx.allow_tf32, *rest = inputs
-        ctx.checkpoint, ctx.truncate, *flat = rest
-        ctx.set_materialize_grads(False)
-        if ctx.checkpoint is None:
-            y, _, _, gates, c = output
-            kept, hidden = [y, gates, c], [gates]
-        else:
-            _, _, _, c, *starts = output
-            kept, hidden = starts, starts
-        ctx.mark_non_differentiable(*hidden, *([] if ctx.cells else [c]))
-        ctx.save_for_backward(x, h0, c0, lengths, reset, *kept, *flat)
+        ctx.save_for_forward(*_keep(ctx, inputs, output))
 
     @staticmethod
     def backward(
@@ -144,7 +139,7 @@ class _TransformedSegments(torch.autograd.Function):
         dc = others[0 if recompute else 1] if ctx.cells else None
         needs_x, needs_h0, needs_c0, *_ = ctx.needs_input_grad
         needs_flat = ctx.needs_input_grad[-len(flat) :]
-        no_grads = (None,) * 8
+        no_grads = (None,) * 9
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             needs = (needs_x, needs_h0, needs_c0, *needs_flat)
             grads = _differentiable_backward(ctx, (x, h0, c0, *flat), needs, (dy, dh_n, dc_n, dc))
@@ -165,17 +160,28 @@ class _TransformedSegments(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *changes: Any) -> Any:
-        raise NotImplementedError(_unsupported("forward-mode differentiation"))
+        if ctx.truncate is not None:
+            raise NotImplementedError(_unsupported("truncate", "forward-mode differentiation"))
+        dx, dh0, dc0, _, _, _, _, _, _, _, _, _, *dflat = changes
+        with forward_mode(ctx) as (x, h0, c0, lengths, reset, _, _, *flat):
+            y, _, _, gates, c = _TransformedLayer.apply(
+                x, h0, c0, lengths, reset, ctx.reversed, True, ctx.D, ctx.allow_tf32, ctx.recorded,
+                *flat,
+            )  # fmt: skip
+            w_ih, w_hh, _, w_hr = _by_kind(flat, ctx.D)
+            run = Run(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates, c)
+            dy, dh_n, dc_n, _, dc = run.tangents(dx, dh0, dc0, *_by_kind(dflat, ctx.D))
+        return dy, dh_n, dc_n, dc if ctx.cells else None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        raise NotImplementedError(_unsupported("torch.func.vmap"))
+        raise NotImplementedError(_unsupported("checkpoint and truncate", "torch.func.vmap"))
 
 
-def _unsupported(transform: str) -> str:
+def _unsupported(modes: str, transform: str) -> str:
     return (
-        f"checkpoint and truncate do not support {transform}; leave them out, or take "
-        'backend="torch", whose truncate does'
+        f"{modes} cannot go under {transform}; call without, or take "
+        'backend="torch", whose truncate can'
     )
 
 
@@ -185,10 +191,29 @@ class _Segments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         outputs = _TransformedSegments.forward(*inputs)
-        _TransformedSegments.setup_context(ctx, inputs, outputs)
+        _keep(ctx, inputs, outputs)
         return outputs
 
     backward = staticmethod(_TransformedSegments.backward)
+
+
+def _keep(
+    ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    """Keep in ctx what derivatives need; the tensors among it are returned."""
+    x, h0, c0, lengths, reset, ctx.reversed, ctx.cells, ctx.D, ctx.allow_tf32, *rest = inputs
+    ctx.recorded, ctx.checkpoint, ctx.truncate, *flat = rest
+    ctx.set_materialize_grads(False)
+    if ctx.checkpoint is None:
+        y, _, _, gates, c = outputs
+        kept, hidden = [y, gates, c], [gates]
+    else:
+        _, _, _, c, *starts = outputs
+        kept, hidden = starts, starts
+    ctx.mark_non_differentiable(*hidden, *([] if ctx.cells else [c]))
+    saved = x, h0, c0, lengths, reset, *kept, *flat
+    ctx.save_for_backward(*saved)
+    return saved
 
 
 def _differentiable_backward(

@@ -12,6 +12,7 @@ import torch
 import torch._dynamo.testing
 from helpers import DTYPES, NAMES, Data, Problem, Results, assert_equal, close, compare, error, make
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from lstm_cuda import FusedLSTM, explain, fused_lstm, ops, segment_ops
@@ -357,6 +358,37 @@ def test_under_torch_func_and_autocast() -> None:
         y = lstm(x.float())[0]
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16 and lstm.weight_hh_l0.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_forward_mode_with_checkpoint(bidirectional: bool) -> None:
+    lstm = FusedLSTM(3, 4, 2, bidirectional=bidirectional, checkpoint=3, dtype=torch.float64)
+    x, change = torch.randn(2, 7, 2, 3, dtype=torch.float64)
+    lengths = torch.tensor([7, 4])
+
+    def all_of(x: Tensor) -> tuple[Tensor, ...]:
+        y, state, cells = lstm(x, lengths=lengths, return_cells=True)
+        return y, *state, cells
+
+    def loss(x: Tensor) -> Tensor:
+        return lstm(x)[0].pow(2).sum()
+
+    def derivatives() -> list[Tensor]:
+        jvp, grad = torch.func.jvp, torch.func.grad
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, change))).tangent
+        return [
+            *jvp(all_of, (x,), (change,))[1], dual, jvp(grad(loss), (x,), (change,))[1],
+            grad(lambda x: jvp(loss, (x,), (change,))[1])(x),
+        ]  # fmt: skip
+
+    found = derivatives()
+    lstm.checkpoint = None
+    for a, b in zip(found, derivatives(), strict=True):
+        close(a, b)
+    lstm.truncate = 3
+    with pytest.raises(NotImplementedError, match="truncate cannot go under forward-mode"):
+        derivatives()
 
 
 def test_each_gradient_has_storage_of_its_own() -> None:
