@@ -6,7 +6,6 @@
 #include "plan.h"
 
 namespace lstm_cuda {
-namespace {
 
 const Parallel& torch_threads() {
   static thread_local Parallel parallel;
@@ -18,6 +17,8 @@ const Parallel& torch_threads() {
               }};
   return parallel;
 }
+
+namespace {
 
 template <class Problem>
 void fill(const Inputs& in, Problem& p) {
@@ -84,7 +85,7 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
   return {y, h_n, c_n, gates, c};
 }
 
-// Gradients in the compute type; p holds what only a piece of a sequence needs.
+// Gradients in the compute type; p holds what not every call has.
 BackwardResult run_backward(LayerBackward p, const Inputs& in, const Gradients& grads, bool need_dx,
                             bool need_dh0, bool need_dw) {
   const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
@@ -123,13 +124,16 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
                               const OptionalTensor& c0, const OptionalTensor& lengths,
                               const OptionalTensor& reset, int64_t reversed, const Tensor& y,
                               const Tensor& gates, const Tensor& c, bool need_dx, bool need_dw,
-                              bool /*allow_tf32*/) {
+                              bool /*allow_tf32*/, const OptionalTensor& dgates_in) {
   const Inputs in(x, w_ih, w_hh, w_hr_or_none.value_or(Tensors{}), h0, c0, lengths, reset,
                   reversed);
   check_lengths(in);
   const ScalarType compute = compute_type(in.type);
   const Gradients grads(in, dy, dh_n, dc_n, dc, y, gates, c, compute);
-  BackwardResult result = run_backward({}, in, grads, need_dx, h0.has_value(), need_dw);
+  const OptionalTensor dgates = checked("dgates", dgates_in, sizes_of(grads.gates), compute, x);
+  LayerBackward p{};
+  p.dgates = pointer(dgates);
+  BackwardResult result = run_backward(p, in, grads, need_dx, h0.has_value(), need_dw);
   if (compute != in.type) {
     auto& [dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr] = result;
     for (Tensor* t : {&dx, &dh0, &dw_ih, &dw_hh, &db, &dw_hr}) *t = torch::stable::to(*t, in.type);
@@ -168,46 +172,6 @@ PieceResult piece_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
                         std::tuple(carry_out));
 }
 
-std::tuple<Tensor, Tensor, Tensor> changes(bool transposed, const OptionalTensor& source_z,
-                                           const OptionalTensor& source_c,
-                                           const OptionalTensor& source_m, const Tensor& K,
-                                           const Tensor& F, const Tensor& R, const Tensor& W,
-                                           const OptionalTensor& fresh) {
-  STD_TORCH_CHECK(F.dim() == 4, "F must be [T, D, B, H]; got ", text(sizes_of(F)));
-  const ScalarType type = F.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float,
-                  "F must be float64 or float32");
-  const int64_t T = F.size(0), D = F.size(1), B = F.size(2), H = F.size(3);
-  const Sizes wide{T, D, B, 4 * H}, narrow{T, D, B, H};
-  const OptionalTensor s_z = checked("source_z", source_z, wide, type, F),
-                       s_c = checked("source_c", source_c, narrow, type, F),
-                       s_m = checked("source_m", source_m, narrow, type, F),
-                       cut = checked("fresh", fresh, {T, D, B, 1}, ScalarType::Bool, F);
-  const Tensor k = checked("K", K, wide, type, F), f = checked("F", F, narrow, type, F),
-               r = checked("R", R, narrow, type, F), w = checked("W", W, {D, 4 * H, H}, type, F);
-  const Tensor z = empty(wide, type, F), c = empty(narrow, type, F), m = empty(narrow, type, F);
-
-  LinearRecurrence p{T, D, B, H, transposed};
-  p.source_z = pointer(s_z);
-  p.source_c = pointer(s_c);
-  p.source_m = pointer(s_m);
-  p.K = k.data_ptr();
-  p.F = f.data_ptr();
-  p.R = r.data_ptr();
-  p.W = w.data_ptr();
-  p.fresh = pointer<const uint8_t*>(cut);
-  p.z = z.data_ptr();
-  p.c = c.data_ptr();
-  p.m = m.data_ptr();
-  if (T * B * D * H > 0) {
-    const auto run =
-        cpu_kernels()[type == ScalarType::Double ? Dtype::float64 : Dtype::float32].changes;
-    const Tensor scratch = empty({run(p, torch_threads(), nullptr)}, ScalarType::Byte, F);
-    run(p, torch_threads(), scratch.data_ptr());
-  }
-  return {z, c, m};
-}
-
 }  // namespace
 }  // namespace lstm_cuda
 
@@ -216,6 +180,10 @@ STABLE_TORCH_LIBRARY(lstm_cuda, m) {
   m.def(lstm_cuda::kBackwardSchema);
   m.def(lstm_cuda::kPieceBackwardSchema);
   m.def(lstm_cuda::kChangesSchema);
+  m.def(lstm_cuda::kCellGradientsSchema);
+  m.def(lstm_cuda::kTangentsWithGradientsSchema);
+  m.def(lstm_cuda::kProductSchema);
+  m.def(lstm_cuda::kOuterProductsSchema);
   m.def(lstm_cuda::kPackSchema);
 }
 
@@ -223,5 +191,4 @@ STABLE_TORCH_LIBRARY_IMPL(lstm_cuda, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&lstm_cuda::layer_forward));
   m.impl("layer_backward", TORCH_BOX(&lstm_cuda::layer_backward));
   m.impl("piece_backward", TORCH_BOX(&lstm_cuda::piece_backward));
-  m.impl("changes", TORCH_BOX(&lstm_cuda::changes));
 }

@@ -35,8 +35,9 @@ inline constexpr const char* kForwardSchema =
 inline constexpr const char* kBackwardSchema =
     "layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor[] w_ih, "
     "Tensor[] w_hh, Tensor[]? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
-    "int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, bool allow_tf32) "
-    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr)";
+    "int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, bool allow_tf32, "
+    "Tensor? dgates=None) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, "
+    "Tensor db, Tensor dw_hr)";
 
 // layer_backward, on CPUs, for a piece of a sequence with so many steps before and after it. Calls go
 // from the last piece to the first and hand on carry [D, B, 4H], dc0 as dc_n, and `sums` [2 * parts
@@ -50,10 +51,22 @@ inline constexpr const char* kPieceBackwardSchema =
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr, "
     "Tensor carry)";
 
-// The recurrence of the derivatives of a layer, or its transpose (lstm_cuda/recurrence.py).
+// What derivatives beyond the first take (lstm_cuda/recurrence.py, products.py).
 inline constexpr const char* kChangesSchema =
-    "changes(bool transposed, Tensor? source_z, Tensor? source_c, Tensor? source_m, Tensor K, "
-    "Tensor F, Tensor R, Tensor W, Tensor? fresh) -> (Tensor z, Tensor c, Tensor m)";
+    "changes(bool transposed, Tensor? source_x, Tensor? source_z, Tensor? source_gates, "
+    "Tensor? source_c, Tensor? source_m, Tensor gates, Tensor cells, Tensor? c0, Tensor W, "
+    "Tensor? V, Tensor? fresh) -> (Tensor x, Tensor z, Tensor c, Tensor m)";
+inline constexpr const char* kCellGradientsSchema =
+    "cell_gradients(Tensor? source_gates, Tensor dc, Tensor dm, Tensor z, Tensor change_c, "
+    "Tensor gates, Tensor cells, Tensor? c0, Tensor? fresh) "
+    "-> (Tensor dgates, Tensor dcells, Tensor dc0)";
+inline constexpr const char* kTangentsWithGradientsSchema =
+    "tangents_with_gradients(Tensor? source_x, Tensor? source_z, Tensor? source_c, "
+    "Tensor? source_m, Tensor? source_gates, Tensor dc, Tensor dm, Tensor gates, Tensor cells, "
+    "Tensor? c0, Tensor W, Tensor? V, Tensor? fresh) -> (Tensor c, Tensor m, Tensor dgates, Tensor "
+    "dcells, Tensor dc0)";
+inline constexpr const char* kProductSchema = "product(Tensor a, Tensor w) -> Tensor";
+inline constexpr const char* kOuterProductsSchema = "outer_products(Tensor a, Tensor b) -> Tensor";
 
 // w_hh as a call of layer_forward whose plan has this layout would pack it, with w_hr (which may be
 // empty) folded into it.
@@ -82,6 +95,9 @@ Pointer pointer(const OptionalTensor& t) {
 }
 
 std::vector<const void*> pointers(const Tensors& list);
+
+struct Parallel;
+const Parallel& torch_threads();
 
 // Uninitialised, on x's device.
 Tensor empty(const Sizes& sizes, ScalarType type, const Tensor& x);

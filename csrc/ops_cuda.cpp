@@ -192,7 +192,8 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
                               const OptionalTensor& c0, const OptionalTensor& lengths,
                               const OptionalTensor& reset, int64_t reversed, const Tensor& y,
                               const Tensor& gates, const Tensor& c, bool need_dx, bool need_dw,
-                              bool allow_tf32) {
+                              bool allow_tf32, const OptionalTensor& of_gates) {
+  STD_TORCH_CHECK(!of_gates, "dgates must be None on CUDA: no kernel reads it");
   const Tensors w_hr = w_hr_or_none.value_or(Tensors{});
   const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
   const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;

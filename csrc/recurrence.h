@@ -75,17 +75,18 @@ struct LayerBackward {
   const void* y;  // what the forward pass gave
   const void* gates;
   const void* c;
-  const void* dy;    // [T, B, D, P] or null (zero)
-  const void* dh_n;  // [D, B, P] or null
-  const void* dc_n;  // [D, B, H] or null
-  const void* dc;    // [T, B, D, H], gradient of the reserve's c (compute type), or null
-  void* dx;          // [T, B, inputs * I] or null (not wanted)
-  void* dh0;         // [D, B, P] or null (not wanted)
-  void* dc0;         // [D, B, H] or null
-  void* dw_ih;       // [D, 4H, I]; null: no weight gradient is wanted
-  void* dw_hh;       // [D, 4H, P]
-  void* db;          // [D, 4H]
-  void* dw_hr;       // [D, P, H] if projected
+  const void* dy;      // [T, B, D, P] or null (zero)
+  const void* dh_n;    // [D, B, P] or null
+  const void* dc_n;    // [D, B, H] or null
+  const void* dc;      // [T, B, D, H], gradient of the reserve's c (compute type), or null
+  const void* dgates;  // [T, B, D, 4H], that of its gates, likewise
+  void* dx;            // [T, B, inputs * I] or null (not wanted)
+  void* dh0;           // [D, B, P] or null (not wanted)
+  void* dc0;           // [D, B, H] or null
+  void* dw_ih;         // [D, 4H, I]; null: no weight gradient is wanted
+  void* dw_hh;         // [D, 4H, P]
+  void* db;            // [D, 4H]
+  void* dw_hr;         // [D, P, H] if projected
   // What the calls for the steps after and before these hand on; null if there are none. The call for
   // the first steps has all gradients of weights.
   const void*
@@ -95,22 +96,70 @@ struct LayerBackward {
   bool sums_weights() const { return dw_ih || sums; }
 };
 
-// The recurrence of lstm_cuda/recurrence.py, which also says what the letters mean. Transposed, z, c
-// and m are dz, dc and dm. All in the compute type.
-struct LinearRecurrence {
+// What lstm_cuda/recurrence.py writes out, and what its letters mean. All in the compute type. A run
+// of a layer, its steps in the order of its recurrences:
+struct Cells {
   int64_t T, D, B, H;
-  bool transposed;
-  const void* source_z;  // [T, D, B, 4H]; each source may be null (zeros)
-  const void* source_c;  // [T, D, B, H]
-  const void* source_m;  // [T, D, B, H]
-  const void* K;         // [T, D, B, 4H]
-  const void* F;         // [T, D, B, H]
-  const void* R;         // [T, D, B, H]
-  const void* W;         // [D, 4H, H]
+  const void* gates;     // [T, D, B, 4H], activated
+  const void* c;         // [T, D, B, H]
+  const void* c0;        // [D, B, H] or null (zeros)
   const uint8_t* fresh;  // [T, D, B], 0 or 1, or null (never)
-  void* z;               // [T, D, B, 4H]
-  void* c;               // [T, D, B, H]
-  void* m;               // [T, D, B, H]
+};
+
+// The gradients, by a run's cells, of what is linear in tangents and in adjoints.
+struct CellGradients {
+  Cells cells;
+  const void* source_gates;  // [T, D, B, 4H] or null: that of the adjoints
+  const void* dc;            // [T, D, B, H], the adjoints
+  const void* dm;            // [T, D, B, H]
+  const void* z;             // [T, D, B, 4H], the tangents
+  const void* change_c;      // [T, D, B, H]
+  void* dgates;              // [T, D, B, 4H]
+  void* dcells;              // [T, D, B, H]
+  void* dc0;                 // [D, B, H]; null without c0
+};
+
+// A sequence [T, D, B, features], of any strides but the last, which is 1.
+struct Sequence {
+  const void* data;
+  int64_t stride_t, stride_d, stride_b;
+};
+
+// A run's tangents or, transposed, its adjoints: then z, c and m are dz, dc and dm.
+struct LinearRecurrence {
+  Cells cells;
+  bool transposed;
+  int64_t I;
+  Sequence source_x;         // I features; null (zeros), or given with V and not transposed
+  const void* source_z;      // [T, D, B, 4H]; each source may be null (zeros)
+  const void* source_gates;  // [T, D, B, 4H]; null unless transposed
+  const void* source_c;      // [T, D, B, H]
+  const void* source_m;      // [T, D, B, H]
+  const void* W;             // [D, 4H, H]
+  const void* V;             // [D, 4H, I] or null
+  void* x;                   // [T, D, B, I]; null if not wanted, or not transposed
+  void* z;                   // [T, D, B, 4H]; null if not wanted, of tangents
+  void* c;                   // [T, D, B, H]
+  void* m;                   // [T, D, B, H]
+  // Of tangents, to be made on the way, from adjoints (its z and change_c are not read); or null.
+  const CellGradients* gradients;
+};
+
+// out[t, d, b] = a[t, d, b] w[d]
+struct Product {
+  int64_t T, D, B, m, n;
+  Sequence a;  // m features
+  const void*
+      w;  // [D, m, n], with these strides between rows and between columns; one of them is 1
+  int64_t w_stride_d, w_stride_row, w_stride_column;
+  void* out;  // [T, D, B, n]
+};
+
+// out[d] = the sum over t and b of the outer products of a[t, d, b] and b[t, d, b]
+struct OuterProducts {
+  int64_t T, D, B, m, n;
+  Sequence a, b;  // m and n features
+  void* out;      // [D, m, n]
 };
 
 }  // namespace lstm_cuda

@@ -114,8 +114,8 @@ def fused_lstm(
     Raises:
         TypeError, ValueError, RuntimeError: an argument is wrong; the message says which, what was
             wanted, what came.
-        NotImplementedError: with ``checkpoint`` or ``truncate``, under vmap; with ``truncate``, under
-            forward-mode differentiation, unless ``backend="torch"``.
+        NotImplementedError: with ``checkpoint`` or ``truncate``, under vmap; with ``truncate``,
+            under forward-mode differentiation; unless ``backend="torch"``.
     """
     D = 2 if bidirectional else 1
     if not isinstance(x, Tensor) or x.dim() != 3:

@@ -16,11 +16,13 @@ from torch.autograd import forward_ad
 
 from . import ops
 from .batching import LENGTHS, RESET, STATES, STEPS, WEIGHTS, Arguments, Dims, batched
-from .recurrence import forward_mode
+from .products import forward_mode
 from .second_order import Run
 
-# Of dy, dh_n, dc_n, dc; h0, c0, lengths, reset; y, gates, c.
-_PLACES = (STEPS, STATES, STATES, STEPS, STATES, STATES, LENGTHS, RESET, STEPS, STEPS, STEPS)
+# Of dy, dh_n, dc_n, dc, dgates; h0, c0, lengths, reset; y, gates, c.
+_PLACES = (
+    STEPS, STATES, STATES, STEPS, STEPS, STATES, STATES, LENGTHS, RESET, STEPS, STEPS, STEPS,
+)  # fmt: skip
 _RESULT_PLACES = (STEPS, STATES, STATES, WEIGHTS, WEIGHTS, WEIGHTS, WEIGHTS)
 
 
@@ -44,9 +46,10 @@ def gradients(
     need_dx: bool,
     need_dw: bool,
     allow_tf32: bool,
+    dgates: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """What ``ops.layer_backward`` returns, differentiable by all tensors given."""
-    others = dy, dh_n, dc_n, dc, h0, c0, lengths, reset, y, gates, c
+    others = dy, dh_n, dc_n, dc, dgates, h0, c0, lengths, reset, y, gates, c
     results: tuple[Tensor, ...] = _Gradients.apply(
         reversed, len(w_hh), need_dx, need_dw, allow_tf32, x, *others, *w_ih, *w_hh, *w_hr
     )
@@ -65,10 +68,10 @@ class _Gradients(torch.autograd.Function):
         allow_tf32: bool,
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        x, dy, dh_n, dc_n, dc, h0, c0, lengths, reset, y, gates, c, *weights = tensors
+        x, dy, dh_n, dc_n, dc, dgates, h0, c0, lengths, reset, y, gates, c, *weights = tensors
         return ops.layer_backward(
             dy, dh_n, dc_n, dc, x, weights[:D], weights[D : 2 * D], weights[2 * D :], h0, c0,
-            lengths, reset, reversed, y, gates, c, need_dx, need_dw, allow_tf32,
+            lengths, reset, reversed, y, gates, c, need_dx, need_dw, allow_tf32, dgates,
         )  # fmt: skip
 
     @staticmethod
@@ -144,10 +147,10 @@ def _by_run(
     given: list[Any] = list(tensors)
     for k, t in zip(which, by, strict=True):
         given[k] = t
-    x, dy, dh_n, dc_n, dc, h0, c0, lengths, reset, y, gates, c, *weights = given
+    x, dy, dh_n, dc_n, dc, dgates, h0, c0, lengths, reset, y, gates, c, *weights = given
     w_ih, w_hh, w_hr = weights[:D], weights[D : 2 * D], weights[2 * D :]
     run = Run(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed, y, gates, c)
-    dx, dh0, dc0, *dw = run.gradients(dy, dh_n, dc_n, None, dc, need_dx, need_dw)
+    dx, dh0, dc0, *dw = run.gradients(dy, dh_n, dc_n, dgates, dc, need_dx, need_dw)
     # The op gives no gradient of a state that is not there.
     nothing = x.new_empty(0)
     return (

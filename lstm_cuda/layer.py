@@ -13,7 +13,7 @@ from . import ops
 from .batching import LENGTHS, RESET, STATES, STEPS, Arguments, Dims, batched
 from .gradients import gradients
 from .packed import PackedWeights
-from .recurrence import forward_mode
+from .products import forward_mode
 from .second_order import Run
 
 W = TypeVar("W", Tensor, Tensor | None, int)
@@ -204,9 +204,13 @@ class _TransformedLayer(torch.autograd.Function):
         needs_x, needs_h0, needs_c0, _, _, _, _, _, _, _, _, *needs_flat = ctx.needs_input_grad
         w_ih, w_hh, _, w_hr = _by_kind(flat, ctx.D)
         given = x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates, c
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            dgates = None  # zeros: gates carry no gradient there
+        by_kernel = dgates is None or ops.takes_dgates(x)
+        differentiable = not compiling and (_differentiable() or not by_kernel)
         backward: Any = ops.layer_backward
-        differentiable = not torch.compiler.is_compiling() and _differentiable(dgates)
-        if differentiable and dgates is None and _differentiations() == 1:
+        if differentiable and by_kernel and _differentiations() == 1:
             # This may well be the last derivative.
             differentiable, backward = False, gradients
         if differentiable:
@@ -216,7 +220,9 @@ class _TransformedLayer(torch.autograd.Function):
                 needs_flat = [n and a for n, a in zip(needs_flat, asked[5:], strict=True)]
             grads = Run(*given).gradients(dy, dh_n, dc_n, dgates, dc, needs_x, any(needs_flat))
         else:
-            grads = backward(dy, dh_n, dc_n, dc, *given, needs_x, any(needs_flat), ctx.allow_tf32)
+            grads = backward(
+                dy, dh_n, dc_n, dc, *given, needs_x, any(needs_flat), ctx.allow_tf32, dgates
+            )
         dx, dh0, dc0, *dw = grads
         dflat = _flat_gradients(dw, ctx.D, len(flat), any(needs_flat))
         return (
@@ -294,11 +300,9 @@ def _will_be_executed(node: Any) -> bool:
         return True
 
 
-def _differentiable(dgates: Tensor | None) -> bool:
-    """Whether backward must be differentiable, or continues one that was."""
-    if dgates is not None or torch.is_grad_enabled():
-        return True
-    return torch._C._are_functorch_transforms_active()
+def _differentiable() -> bool:
+    """Whether backward must be differentiable."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def _keep(

@@ -248,8 +248,8 @@ class FusedLSTM(nn.RNNBase):
         Raises:
             TypeError, ValueError, RuntimeError: an argument is wrong; the message says which, what
                 was wanted, what came.
-            NotImplementedError: with ``checkpoint`` or ``truncate``, under vmap and forward-mode
-                differentiation, unless ``backend="torch"``.
+            NotImplementedError: with ``checkpoint`` or ``truncate``, under vmap; with
+                ``truncate``, under forward-mode differentiation; unless ``backend="torch"``.
         """
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, reset, return_cells)

@@ -310,6 +310,7 @@ def layer_backward(
     need_dx: bool,
     need_dw: bool,
     allow_tf32: bool,
+    dgates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of ``layer_forward``; what it saved is only read.
 
@@ -320,6 +321,7 @@ def layer_backward(
         need_dx: compute dx.
         need_dw: compute the gradients of the weights.
         allow_tf32: as for ``layer_forward``.
+        dgates: gradient of the saved gates, if ``takes_dgates``.
 
     Returns:
         dx [T, B, n*I] ([0] unless ``need_dx``), dh0 [D, B, P] and dc0 [D, B, H] ([0] without h0,
@@ -330,9 +332,14 @@ def layer_backward(
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _outside_autocast(
         _backward, x.device.type,
         dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr or None, h0, c0, lengths, reset, reversed, y,
-        gates, c, need_dx, need_dw, allow_tf32,
+        gates, c, need_dx, need_dw, allow_tf32, dgates,
     )  # fmt: skip
     return result
+
+
+def takes_dgates(x: Tensor) -> bool:
+    """Whether ``layer_backward`` can start from a gradient of the saved gates."""
+    return x.device.type == "cpu"
 
 
 def in_pieces(x: Tensor) -> bool:
@@ -395,27 +402,6 @@ def piece_sums(
     parts: Any = plan_cpu(T, B, D, x.shape[2], H, P, x.dtype, True)["parts"]
     weights = sum(w.numel() for w in (*w_ih, *w_hh, *w_hr)) + 4 * H * D
     return x.new_empty(2 * parts * weights, dtype=compute_dtype(x.dtype))
-
-
-def changes(
-    transposed: bool,
-    source_z: Tensor | None,
-    source_c: Tensor | None,
-    source_m: Tensor | None,
-    K: Tensor,
-    F: Tensor,
-    R: Tensor,
-    W: Tensor,
-    fresh: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``recurrence.tangents`` or, transposed, ``recurrence.adjoints``, on CPUs.
-
-    All in F's dtype, float64 or float32.
-    """
-    result: tuple[Tensor, Tensor, Tensor] = _changes(
-        transposed, source_z, source_c, source_m, K, F, R, W, fresh
-    )
-    return result
 
 
 def _outside_autocast(op: Any, device_type: str, *arguments: Any) -> Any:
@@ -493,6 +479,7 @@ def _layer_backward_fake(
     need_dx: bool,
     need_dw: bool,
     allow_tf32: bool,
+    dgates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, B, D, H, P = _sizes(x, w_hh)
     return (
@@ -506,20 +493,6 @@ def _layer_backward_fake(
     )
 
 
-def _changes_fake(
-    transposed: bool,
-    source_z: Tensor | None,
-    source_c: Tensor | None,
-    source_m: Tensor | None,
-    K: Tensor,
-    F: Tensor,
-    R: Tensor,
-    W: Tensor,
-    fresh: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return K.new_empty(K.shape), F.new_empty(F.shape), F.new_empty(F.shape)
-
-
 if load_error is None:
     _force_kernel("LSTM_CUDA_KERNEL", os.environ.get("LSTM_CUDA_KERNEL", ""))
     # Looked up once: the three lookups by name cost as much as a check of all arguments.
@@ -527,7 +500,5 @@ if load_error is None:
     _backward = torch.ops.lstm_cuda.layer_backward.default
     _piece_backward = torch.ops.lstm_cuda.piece_backward.default
     _pack = torch.ops.lstm_cuda.pack_weights.default
-    _changes = torch.ops.lstm_cuda.changes.default
     torch.library.register_fake("lstm_cuda::layer_forward", _layer_forward_fake)
     torch.library.register_fake("lstm_cuda::layer_backward", _layer_backward_fake)
-    torch.library.register_fake("lstm_cuda::changes", _changes_fake)

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import ops
-from .recurrence import add, adjoints, after, before, outer_products, product, tangents
+from .products import add, outer_products, product
+from .recurrence import adjoints, tangents
+from .recurrence_steps import after, before, entering, slopes
 from .reference import without_autocast
 
 Maybe = Tensor | None
@@ -45,24 +47,43 @@ class Run:
     ) -> None:
         self._dtype, self._compute = x.dtype, ops.compute_dtype(x.dtype)
         self._c_dtype = x.dtype if c0 is None else c0.dtype
-        self._results = y, gates
+        self._y, self._gates, self._h0, self._c0 = y, gates, h0, c0
         with without_autocast(x.device.type):
             D = len(w_hh)
             self._steps = steps = _Steps(x, D, lengths, reset, reversed)
             self._x = x if steps.valid is None else torch.where(steps.valid[:, 0], x, 0)
             self._w_ih, self._w_hh = torch.stack(tuple(w_ih)), torch.stack(tuple(w_hh))
             self._w_hr = torch.stack(tuple(w_hr)) if w_hr else None
+            features = self._w_ih.shape[2]  # x holds so many inputs side by side:
+            self._count = x.shape[2] // features if features > 0 else 1
             W = self._w_hh if self._w_hr is None else self._w_hh @ self._w_hr
+            self._run = (
+                steps.arrange(gates).to(self._compute),
+                steps.arrange(c),
+                None if c0 is None else c0.to(self._compute),
+                W,
+            )
 
-            h = steps.arrange(y.unflatten(2, (D, -1))).to(self._compute)
-            c = steps.arrange(c)
-            self._h_before, c_before = steps.entering(h, h0), steps.entering(c, c0)
-            i, f, g, o = steps.arrange(gates).to(self._compute).chunk(4, 3)
-            s = torch.tanh(c)
-            self._m = o * s
-            self._slope = torch.cat((i - i * i, f - f * f, 1 - g * g, o - o * o), 3)
-            K = self._slope * torch.cat((g, c_before, i, s), 3)
-            self._coefficients = K, f, o - self._m * s, W, steps.fresh
+    def _inputs(self, x: Tensor) -> Tensor:
+        """x [T, B, n*I] as every recurrence takes it: [T, D, B, I]."""
+        D, features = self._w_ih.shape[0], self._w_ih.shape[2]
+        each = x.unflatten(2, (self._count, 1, features)).expand(-1, -1, -1, D // self._count, -1)
+        return self._steps.arrange(each.flatten(2, 3))
+
+    def _each_input(self, dx: Tensor) -> Tensor:
+        """The gradient [T, B, n*I] of x, from what each recurrence [T, B, D, I] gives it."""
+        if self._count < self._steps.D:
+            dx = dx.unflatten(2, (self._count, -1)).sum(3)
+        return dx.flatten(2)
+
+    def _h_before(self) -> Tensor:
+        """h that enters each step, in y's dtype."""
+        return entering(self._steps.by_recurrence(self._y), self._h0, self._steps.fresh)
+
+    def _outputs(self) -> Tensor:
+        """The unprojected output m."""
+        gates, c, *_ = self._run
+        return gates.chunk(4, 3)[3] * torch.tanh(c)
 
     def gradients(
         self,
@@ -79,36 +100,37 @@ class Run:
         Differentiable by all that is given here and by the run's inputs and results.
         """
         steps, compute = self._steps, self._compute
-        _, F, _, _, fresh = self._coefficients
+        gates, fresh = self._run[0], steps.fresh
         with without_autocast(self._x.device.type):
-            b_h = None
-            if dy is not None:
-                b_h = steps.arrange(dy.unflatten(2, (steps.D, -1))).to(compute)
+            b_h = None if dy is None else steps.by_recurrence(dy).to(compute)
             if dh_n is not None:
                 b_h = add(b_h, steps.ending(dh_n.to(compute)))
             b_c = None if dc is None else steps.arrange(dc)
             if dc_n is not None:
                 b_c = add(b_c, steps.ending(dc_n.to(compute)))
-            b_z = None if dgates is None else steps.arrange(dgates).to(compute) * self._slope
+            b_gates = None if dgates is None else steps.arrange(dgates).to(compute)
             b_m = b_h if b_h is None or self._w_hr is None else product(b_h, self._w_hr)
-            dz, dcells, _ = adjoints(b_z, b_c, b_m, *self._coefficients)
+            V = self._w_ih if need_dx else None
+            dx, dz, dcells, _ = adjoints(None, b_gates, b_c, b_m, *self._run, V, fresh)
 
-            dh_first = product(dz[:1], self._w_hh)
-            dh0 = steps.at_start(dh_first, dh_n)
-            dc0 = steps.at_start(F[:1] * dcells[:1], dc_n)
-            dx = dw_ih = dw_hh = db = dw_hr = dz.new_empty(0)
-            dz_x = steps.restore(dz).flatten(2).to(self._dtype)
+            dh0 = dc0 = dw_ih = dw_hh = db = dw_hr = dz.new_empty(0)
+            if self._h0 is not None:
+                dh0 = steps.at_start(product(dz[:1], self._w_hh), dh_n)
+            if self._c0 is not None:
+                f = gates.chunk(4, 3)[1]
+                dc0 = steps.at_start(f[:1] * dcells[:1], dc_n)
             if need_dx:
-                dx = _each_input(dz_x, self._input_weights(self._w_ih))
+                dx = self._each_input(steps.restore(dx))
             if need_dw:
-                dw_ih = self._input_products(dz_x)
-                dw_hh = outer_products(dz, self._h_before, self._dtype)
+                dw_ih = outer_products(dz, self._inputs(self._x), self._dtype)
+                dw_hh = outer_products(dz, self._h_before(), self._dtype)
                 db = dz.sum((0, 2)).to(self._dtype)
                 if self._w_hr is not None:
                     dh = add(b_h, after(product(dz, self._w_hh), fresh))
                     assert dh is not None
-                    dw_hr = outer_products(dh, self._m, self._dtype)
-            return dx, dh0.to(self._dtype), dc0.to(self._c_dtype), dw_ih, dw_hh, db, dw_hr
+                    dw_hr = outer_products(dh, self._outputs(), self._dtype)
+            dtype = self._dtype
+            return dx.to(dtype), dh0.to(dtype), dc0.to(self._c_dtype), dw_ih, dw_hh, db, dw_hr
 
     def tangents(
         self,
@@ -124,58 +146,36 @@ class Run:
 
         Differentiable by the tangents given and by the run's inputs and results.
         """
-        steps, compute = self._steps, self._compute
-        y, gates = self._results
-        _, F, _, _, fresh = self._coefficients
+        steps, compute, y = self._steps, self._compute, self._y
+        gates, fresh = self._run[0], steps.fresh
         with without_autocast(self._x.device.type):
-            inputs: Maybe = None
-            for rows, w in ((x, self._w_ih), (self._x, _stack(w_ih))):
-                if rows is not None and w is not None:
-                    of_each = _each_input(rows, self._input_weights(w).transpose(1, 2))
-                    inputs = add(inputs, of_each.unflatten(2, (steps.D, -1)))
+            a_x = None if x is None else self._inputs(x).to(compute)
+            a_z: Maybe = None
+            if (d_ih := _stack(w_ih)) is not None:
+                a_z = product(self._inputs(self._x).to(compute), d_ih.transpose(1, 2))
             for part in (bias[: steps.D], bias[steps.D :]):
                 if (d_b := _stack(part)) is not None:
-                    inputs = add(inputs, d_b.expand_as(gates))
-            a_z = None if inputs is None else steps.arrange(inputs).to(compute)
+                    a_z = add(a_z, steps.mask(d_b.to(compute)[:, None].expand_as(gates)))
             if (d_hh := _stack(w_hh)) is not None:
-                a_z = add(a_z, product(self._h_before, d_hh.transpose(1, 2)))
+                a_z = add(a_z, product(self._h_before().to(compute), d_hh.transpose(1, 2)))
             if h0 is not None:
                 entering = torch.bmm(h0, self._w_hh.transpose(1, 2)).to(compute)
                 a_z = add(a_z, steps.beginning(entering))
             dh = None
             if (d_hr := _stack(w_hr)) is not None:
-                dh = product(self._m, d_hr.transpose(1, 2))
+                dh = product(self._outputs(), d_hr.transpose(1, 2))
                 a_z = add(a_z, product(before(dh, fresh), self._w_hh.transpose(1, 2)))
             a_c = None
             if c0 is not None:
-                a_c = F * steps.beginning(c0.to(compute))
-            dz, dc, dm = tangents(a_z, a_c, None, *self._coefficients)
+                a_c = gates.chunk(4, 3)[1] * steps.beginning(c0.to(compute))
+            dz, dc, dm = tangents(a_x, a_z, a_c, None, *self._run, self._w_ih, fresh)
 
             dh = dm if self._w_hr is None else add(dh, product(dm, self._w_hr.transpose(1, 2)))
             assert dh is not None
             dy = steps.restore(dh).flatten(2).to(y.dtype)
-            dgates = steps.restore(steps.mask(dz * self._slope)).to(gates.dtype)
+            dgates = steps.restore(steps.mask(dz * slopes(gates))).to(self._gates.dtype)
             dh_n, dc_n = steps.last(dh, h0), steps.last(dc, c0)
             return dy, dh_n.to(y.dtype), dc_n.to(self._c_dtype), dgates, steps.restore(dc)
-
-    def _input_weights(self, w_ih: Tensor) -> Tensor:
-        """w_ih [D, 4H, I] as [n, D/n * 4H, I], for the n inputs that x holds side by side."""
-        features = w_ih.shape[2]
-        count = self._x.shape[2] // features if features > 0 else 1
-        return w_ih.unflatten(0, (count, -1)).flatten(1, 2)
-
-    def _input_products(self, dz: Tensor) -> Tensor:
-        """dz^T x [D, 4H, I] over all rows, each recurrence's with its input."""
-        count = self._input_weights(self._w_ih).shape[0]
-        rows = (t.flatten(0, 1).unflatten(1, (count, -1)).transpose(0, 1) for t in (dz, self._x))
-        return torch.bmm(next(rows).transpose(1, 2), next(rows)).view(self._w_ih.shape)
-
-
-def _each_input(rows: Tensor, w: Tensor) -> Tensor:
-    """rows [T, B, n*K] w [n, K, N], part by part: [T, B, n*N]."""
-    if w.shape[0] == 1:
-        return rows @ w[0]
-    return torch.einsum("tbnk,nkm->tbnm", rows.unflatten(2, (w.shape[0], -1)), w).flatten(2)
 
 
 def _stack(changes: Sequence[Maybe]) -> Maybe:
@@ -193,7 +193,7 @@ class _Steps:
     Attributes:
         D: the number of recurrences.
         valid: [T, 1, B, 1], False past a row's end; None: nowhere.
-        fresh: [T, D, B, 1], True where no state enters; None: nowhere.
+        fresh: [T, D, B, 1], True where no state enters, past a row's end too; None: nowhere.
     """
 
     def __init__(self, x: Tensor, D: int, lengths: Maybe, reset: Maybe, reversed: int) -> None:
@@ -216,10 +216,17 @@ class _Steps:
             turned = torch.cat((torch.zeros_like(turned[:1]), turned[:-1]))
             rows = [turned if reversed >> d & 1 else reset for d in range(D)]
             self.fresh = torch.stack(rows, 1)[..., None]
+        if self.valid is not None:
+            past = ~self.valid
+            self.fresh = past.expand(-1, D, -1, -1) if self.fresh is None else self.fresh | past
 
     def arrange(self, t: Tensor) -> Tensor:
         """t [T, B, D, n], in time, as [T, D, B, n] in the steps' order, zero past a row's end."""
         return self.mask(self._turn_reversed(t.transpose(1, 2)))
+
+    def by_recurrence(self, y: Tensor) -> Tensor:
+        """``arrange`` for y [T, B, D*n]."""
+        return self.arrange(y.unflatten(2, (self.D, -1)))
 
     def restore(self, t: Tensor) -> Tensor:
         """The inverse of ``arrange``."""
@@ -228,14 +235,6 @@ class _Steps:
     def mask(self, t: Tensor) -> Tensor:
         """t [T, D, B, n], zero past a row's end."""
         return t if self.valid is None else torch.where(self.valid, t, 0)
-
-    def entering(self, states: Tensor, initial: Maybe) -> Tensor:
-        """The states [T, D, B, n] that enter the steps, ``initial`` [D, B, n] the first one."""
-        entering = before(states, None)
-        if initial is not None:
-            first = initial[None].to(states.dtype)
-            entering = torch.cat((first, states[:-1]))[: self._T]
-        return self._usable(entering, slice(None))
 
     def beginning(self, initial: Tensor) -> Tensor:
         """[T, D, B, n]: ``initial`` [D, B, n] where it enters, else zeros."""
@@ -274,8 +273,6 @@ class _Steps:
 
     def _usable(self, t: Tensor, steps: slice) -> Tensor:
         """t of these steps, zero where no state enters."""
-        if self.valid is not None:
-            t = torch.where(self.valid[steps], t, 0)
         return t if self.fresh is None else t.masked_fill(self.fresh[steps], 0)
 
     def _turn_reversed(self, t: Tensor) -> Tensor:

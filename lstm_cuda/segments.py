@@ -27,7 +27,7 @@ from .layer import (
     tf32_allowed,
 )
 from .packed import PackedWeights
-from .recurrence import forward_mode
+from .products import forward_mode
 from .second_order import Run
 
 
@@ -166,7 +166,7 @@ class _TransformedSegments(torch.autograd.Function):
         with forward_mode(ctx) as (x, h0, c0, lengths, reset, _, _, *flat):
             y, _, _, gates, c = _TransformedLayer.apply(
                 x, h0, c0, lengths, reset, ctx.reversed, True, ctx.D, ctx.allow_tf32, ctx.recorded,
-                *flat,
+                True, *flat,
             )  # fmt: skip
             w_ih, w_hh, _, w_hr = _by_kind(flat, ctx.D)
             run = Run(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates, c)

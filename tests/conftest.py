@@ -43,6 +43,7 @@ def emulated_ops(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(ops, "_pack", library.pack_weights.default)
     monkeypatch.setattr(ops, "saved_gates_dtype", lambda x: x.dtype)
     monkeypatch.setattr(ops, "in_pieces", lambda x: False)
+    monkeypatch.setattr(ops, "takes_dgates", lambda x: False)
     return emulator
 
 

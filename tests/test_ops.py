@@ -11,6 +11,7 @@ from torch import Tensor
 from lstm_cuda import ops
 from lstm_cuda.layer import fused_layer
 from lstm_cuda.reference import lstm_layer
+from lstm_cuda.second_order import Run
 
 SMALL = Problem(4, 3, 2, 3, bidirectional=True, P=2, lengths=True, reset=True)
 SHAPES = [
@@ -262,6 +263,27 @@ def test_saved_tensors_are_only_read(device: str) -> None:
         d.lengths, d.reset, 2, y, gates, c, True, True, False,
     )  # fmt: skip
     assert_equal(read, before)
+
+
+def test_a_gradient_of_the_gates(emulator: Any) -> None:
+    """On CPUs what the formula makes of it, without anything else; CUDA's op refuses it."""
+    p = Problem(5, 3, 4, 6, bidirectional=True, P=2, lengths=True, reset=True)
+    d = make(p).to(torch.float64)
+    with torch.no_grad():
+        y, _, _, gates, c = forward(p, d, True, False)
+    x, w_ih, w_hh, _, w_hr = arguments(d)
+    dgates = torch.randn_like(gates)
+    run = (x, w_ih, w_hh, w_hr, *d.hx, d.lengths, d.reset, 2, y, gates, c)
+    backward = (None, None, None, None, *run, True, True, False)
+    with torch.no_grad():
+        expected = Run(*run).gradients(None, None, None, dgates, None, True, True)
+        for a, b in zip(ops.layer_backward(*backward, dgates), expected, strict=True):
+            close(a, b, 1e-12)
+        torch.library.opcheck(torch.ops.lstm_cuda.layer_backward.default, (*backward, dgates))
+        with pytest.raises(RuntimeError, match=r"dgates must be \[5, 3, 2, 24\]; got"):
+            ops.layer_backward(*backward, dgates[1:])
+        with pytest.raises(RuntimeError, match="dgates must be None on CUDA"):
+            torch.ops.lstm_cuda_emulated.layer_backward.default(*backward, dgates)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "reversed-features"])

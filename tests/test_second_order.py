@@ -128,6 +128,24 @@ def test_second_and_third_order(p: Problem, device: str) -> None:
         close(a, b, 1e-10)
 
 
+@pytest.mark.parametrize("p", OPTIONS + EDGES, ids=str)
+def test_the_last_derivative_is_that_of_the_formula(p: Problem) -> None:
+    """Where no more can follow, kernels make it, and continue from the gradient of the gates."""
+    d = make(p).to(torch.float64)
+    leaves = [*d.leaves().values(), *(t.requires_grad_() for t in d.cotangents.values())]
+    outputs = call(p, d)
+    value = sum((outputs[k].sin() * t).sum() for k, t in d.cotangents.items())
+    for _ in range(2):
+        arguments = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+        grads = torch.autograd.grad(value, leaves, **arguments)
+        kernel = torch.autograd.grad(
+            value, leaves, **arguments | {"create_graph": False, "retain_graph": True}
+        )
+        for a, b in zip(kernel, grads, strict=True):
+            close(a, b, 1e-11)
+        value = sum((g.cos() * g).sum() for g in grads)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 2}])
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_pt5261_gradient_penalty(options: dict[str, Any], device: str) -> None:

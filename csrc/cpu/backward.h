@@ -104,9 +104,9 @@ class BackwardJob {
   struct Row {
     const Unit* carry;  // dgates of the step after
     const T *gates, *c, *c_prev;
-    const S *dy, *dh_n;  // null: zero
-    const T* dc_out;     // null: zero
-    const T* dc_next;    // gradient of c from the step after
+    const S *dy, *dh_n;            // null: zero
+    const T *dc_out, *dgates_out;  // null: zero
+    const T* dc_next;              // gradient of c from the step after
     T* dc;
     Element *dgates, *dh, *m;
   };
@@ -282,6 +282,7 @@ class BackwardJob {
       row.dy = p_.dy ? static_cast<const S*>(p_.dy) + at * s_.P : nullptr;
       row.dh_n = p_.dh_n && last ? static_cast<const S*>(p_.dh_n) + state * s_.P : nullptr;
       row.dc_out = p_.dc ? static_cast<const T*>(p_.dc) + at * s_.H : nullptr;
+      row.dgates_out = p_.dgates ? static_cast<const T*>(p_.dgates) + at * G_ : nullptr;
       row.dc = dc_ + b * padded_;
       row.dc_next = walk.fresh[b] ? zeros_ : row.dc;
       row.dgates = chunk_.dgates_at(slot);
@@ -360,6 +361,13 @@ class BackwardJob {
     Vec<T> dc = load<T>(row.dc_next + j);
     if (row.dc_out) dc += load<T>(row.dc_out + j, left);
     cell_backward<Math<T>>(cell, load<T>(row.c_prev + j, left), dm, dc, d);
+    if (row.dgates_out) {
+      const Cell<Vec<T>> slope = cell_slopes(cell);
+      d.i += slope.i * load<T>(row.dgates_out + j, left);
+      d.f += slope.f * load<T>(row.dgates_out + H + j, left);
+      d.g += slope.g * load<T>(row.dgates_out + 2 * H + j, left);
+      d.o += slope.o * load<T>(row.dgates_out + 3 * H + j, left);
+    }
     store<T>(row.dc + j, dc);
     store<T>(row.dgates + j, d.i, left);
     store<T>(row.dgates + H + j, d.f, left);

@@ -14,7 +14,11 @@ struct CpuKernels {
   struct Entry {
     int64_t (*forward)(const LayerForward&, const CpuPlan&, const Parallel&, void* block);
     int64_t (*backward)(const LayerBackward&, const CpuPlan&, const Parallel&, void* block);
+    // In the dtype's compute type.
     int64_t (*changes)(const LinearRecurrence&, const Parallel&, void* block);
+    int64_t (*cell_gradients)(const CellGradients&, const Parallel&, void* block);
+    int64_t (*product)(const Product&, const Parallel&, void* block);
+    int64_t (*outer_products)(const OuterProducts&, const Parallel&, void* block);
   };
   Entry by_dtype[4];  // in the order of Dtype
 

@@ -15,6 +15,8 @@
 #include "backward.h"
 #include "gradients.h"
 #include "changes.h"
+#include "cell_gradients.h"
+#include "sequence_products.h"
 // clang-format on
 
 namespace lstm_cuda::LSTM_CPU_ISA {
@@ -221,7 +223,12 @@ class Layer {
   };
 };
 
-#define LSTM_LAYER(S, M) \
-  {&Layer<S, M>::forward, &Layer<S, M>::backward, &Changes<typename M::Compute>::run}
+#define LSTM_LAYER(S, M)                            \
+  {&Layer<S, M>::forward,                           \
+   &Layer<S, M>::backward,                          \
+   &Changes<typename M::Compute>::run,              \
+   &CellGradientsJob<typename M::Compute>::run,     \
+   &SequenceProducts<typename M::Compute>::product, \
+   &SequenceProducts<typename M::Compute>::outer_products}
 
 }  // namespace lstm_cuda::LSTM_CPU_ISA

@@ -270,4 +270,24 @@ LSTM_INLINE void pack_panel(typename M::Unit* out, int64_t n, int64_t K, int64_t
   }
 }
 
+// Packs panel n of a matrix with these strides between rows and between columns, one of which is 1.
+template <class T>
+LSTM_INLINE void pack_matrix(const Panels<Plain<T>>& panels, int64_t n, const T* w,
+                             int64_t stride_row, int64_t stride_column) {
+  constexpr int lanes = kLanes<T>;
+  if (stride_column == 1) {
+    return pack_panel<Plain<T>>(panels.panel(n), n, panels.K, panels.columns,
+                                [=](int64_t k) { return w + k * stride_row; });
+  }
+  const int vectors = panels.vectors(n);
+  for (int v = 0; v < vectors; ++v) {
+    const T* row[lanes];
+    for (int64_t l = 0; l < lanes; ++l) {
+      const int64_t j = n * panels.width + v * lanes + l;
+      row[l] = j < panels.columns ? w + j * stride_column : nullptr;
+    }
+    pack_transposed<Plain<T>>(row, panels.K, panels.panel(n) + v * lanes, vectors * lanes);
+  }
+}
+
 }  // namespace lstm_cuda::LSTM_CPU_ISA
