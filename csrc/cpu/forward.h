@@ -123,7 +123,12 @@ class ForwardJob {
   }
 
  private:
-  bool staged() const { return !std::is_same_v<S, Element> || s_.I % M::depth != 0; }
+  // Whether rows of x are no operands as they lie: of another type, or not whole units in their places.
+  bool staged() const {
+    const auto whole = [](int64_t elements) { return elements % M::depth == 0; };
+    return !std::is_same_v<S, Element> || !whole(s_.I) || !whole(p_.x_stride_t) ||
+           !whole(p_.x_stride_b) || reinterpret_cast<uintptr_t>(p_.x) % alignof(Unit) != 0;
+  }
 
   Element* h_buffer(int64_t b, int which) const { return h_ + (which * rows_ + b) * stride_h_; }
 
