@@ -199,14 +199,15 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
   const Gradients grads(in, dy, dh_n, dc_n, dc, y, gates, c, in.type);
   const Context context(x);
-  const Tensor nothing = empty({0}, in.type, x);
+  // Apart each time: results of an op are not the same tensor.
+  const auto nothing = [&] { return empty({0}, in.type, x); };
   if (T == 0 || B == 0) {
     const auto zeros_if = [&](bool wanted, const Sizes& sizes) {
-      return wanted ? state_or_zeros({}, sizes, in.type, x) : nothing;
+      return wanted ? state_or_zeros({}, sizes, in.type, x) : nothing();
     };
     return {zeros_if(need_dx, {T, B, inputs * I}),
-            h0 ? state_or_zeros(grads.dh_n, {D, B, P}, in.type, x) : nothing,
-            c0 ? state_or_zeros(grads.dc_n, {D, B, H}, in.c_type, x) : nothing,
+            h0 ? state_or_zeros(grads.dh_n, {D, B, P}, in.type, x) : nothing(),
+            c0 ? state_or_zeros(grads.dc_n, {D, B, H}, in.c_type, x) : nothing(),
             zeros_if(need_dw, {D, 4 * H, I}),
             zeros_if(need_dw, {D, 4 * H, P}),
             zeros_if(need_dw, {D, 4 * H}),
@@ -215,11 +216,11 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
 
   const int64_t rows = T * B;
   const Tensor dgates = empty({rows, D, 4 * H}, in.type, x);
-  const Tensor dh = projected ? empty({rows, D, P}, in.type, x) : nothing;
-  const Tensor dc0 = c0 ? empty({D, B, H}, in.c_type, x) : nothing;
+  const Tensor dh = projected ? empty({rows, D, P}, in.type, x) : nothing();
+  const Tensor dc0 = c0 ? empty({D, B, H}, in.c_type, x) : nothing();
   const Products products(x, allow_tf32, context.stream);
   BackwardCall backward{in,         products, grads.dy,
-                        grads.dh_n, dgates,   h0 ? empty({D, B, P}, in.type, x) : nothing,
+                        grads.dh_n, dgates,   h0 ? empty({D, B, P}, in.type, x) : nothing(),
                         need_dw};
   RecurrenceBackward& p = backward.p;
   fill(p, in);
@@ -236,7 +237,7 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   run(backward, allow_tf32, context);
 
   const Tensor flat = shaped(dgates, {rows, D * 4 * H});
-  Tensor dx = nothing, dw_ih = nothing, dw_hh = nothing, db = nothing, dw_hr = nothing;
+  Tensor dx = nothing(), dw_ih = nothing(), dw_hh = nothing(), db = nothing(), dw_hr = nothing();
   if (need_dx) dx = shaped(products.multiply_each(flat, cat(in.w_ih), inputs), {T, B, inputs * I});
   if (need_dw) {
     // What stands in x past a row's length must not meet the zeros of dgates: it may be NaN.

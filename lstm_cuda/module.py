@@ -273,8 +273,9 @@ class FusedLSTM(nn.RNNBase):
         batch_first: bool,
         ragged: bool = False,
     ) -> tuple[Any, ...]:
-        steps = ragged or self.proj_size > 0 or x.dtype is torch.float16
-        dtype = native_dtype(x, hx) if steps else None
+        dtype = None
+        if isinstance(x, Tensor) and (ragged or self.proj_size > 0 or x.dtype is torch.float16):
+            dtype = native_dtype(x, hx)
         result = fused_lstm(
             x,
             hx,
