@@ -8,7 +8,10 @@
 // tanh for it.
 #pragma once
 
+#include <type_traits>
+
 #include "host_device.h"
+#include "recurrence.h"
 
 namespace lstm_cuda {
 
@@ -104,6 +107,144 @@ LSTM_HOST_DEVICE Cell<V> cell_gradients(const Cell<V>& cell, const V& c_prev, co
           d.o * (1 - 2 * cell.o) * z.o + through_tanh * change_c,
           through_tanh * (slope.o * z.o - 2 * s * cell.o * change_c),
           V{}};
+}
+
+// ---- other cells --------------------------------------------------------------------------------
+//
+//   z_i += w_ci c_prev   z_f += w_cf c_prev                 peepholes, Gers & Schmidhuber 2000
+//   f = 1                                                   Hochreiter & Schmidhuber 1997
+//   f = 1 - i                                               Greff et al. 2017
+//   c = clip(f c_prev + i g)   z_o += w_co c   m = o output(c)
+// and what is kept of the state, Krueger et al. 2017:
+//   c' = k c_prev + (1 - k) c   h' = k h_prev + (1 - k) h
+
+template <class Math, class V>
+LSTM_HOST_DEVICE V activate(Activation activation, const V& z) {
+  const V zero{}, one = zero + 1;
+  switch (activation) {
+    case Activation::tanh:
+      return Math::tanh(z);
+    case Activation::sigmoid:
+      return Math::sigmoid(z);
+    case Activation::relu:
+      return z < zero ? zero : z;
+    case Activation::hard_sigmoid_keras: {
+      const V a = z / 6 + V(one / 2);
+      return a < zero ? zero : (a > one ? one : a);
+    }
+    case Activation::hard_sigmoid_onnx: {
+      const V a = z / 5 + V(one / 2);
+      return a < zero ? zero : (a > one ? one : a);
+    }
+    case Activation::hard_tanh:
+      return z < -one ? -one : (z > one ? one : z);
+    case Activation::softsign:
+      return z / (1 + (z < zero ? -z : z));
+    case Activation::identity:
+      return z;
+  }
+  return z;
+}
+
+// The derivative, from what `activate` gave.
+template <class V>
+LSTM_HOST_DEVICE V activation_slope(Activation activation, const V& a) {
+  const V zero{}, one = zero + 1;
+  switch (activation) {
+    case Activation::tanh:
+      return 1 - a * a;
+    case Activation::sigmoid:
+      return a * (1 - a);
+    case Activation::relu:
+      return a > zero ? one : zero;
+    case Activation::hard_sigmoid_keras:
+      return a > zero ? (a < one ? V(one / 6) : zero) : zero;
+    case Activation::hard_sigmoid_onnx:
+      return a > zero ? (a < one ? V(one / 5) : zero) : zero;
+    case Activation::hard_tanh:
+      return a > -one ? (a < one ? one : zero) : zero;
+    case Activation::softsign: {
+      const V rest = 1 - (a < zero ? -a : a);
+      return rest * rest;
+    }
+    case Activation::identity:
+      return one;
+  }
+  return one;
+}
+
+template <class V>
+struct Peephole {
+  V i, f, o;  // zeros without
+};
+
+template <class V>
+LSTM_HOST_DEVICE V constant(double value) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    return V(value);
+  } else {
+    const V zero{};
+    return zero + std::remove_cvref_t<decltype(zero[0])>(value);
+  }
+}
+
+template <class V>
+LSTM_HOST_DEVICE V clipped(const V& c, double clip) {
+  if (clip <= 0) return c;
+  const V high = constant<V>(clip);
+  return c < -high ? -high : (c > high ? high : c);
+}
+
+// In: i, f, g, o before activation. Out: i, f, g, o and c.
+template <class Math, class V>
+LSTM_HOST_DEVICE void variant_cell(const CellOptions& options, const Peephole<V>& w, Cell<V>& cell,
+                                   const V& c_prev) {
+  const V one = V{} + 1;
+  cell.i = activate<Math>(options.recurrent, V(cell.i + w.i * c_prev));
+  cell.f = options.forget == Forget::none ? one
+           : options.forget == Forget::coupled
+               ? V(1 - cell.i)
+               : activate<Math>(options.recurrent, V(cell.f + w.f * c_prev));
+  cell.g = activate<Math>(options.candidate, cell.g);
+  cell.c = clipped(V(cell.f * c_prev + cell.i * cell.g), options.clip);
+  cell.o = activate<Math>(options.recurrent, V(cell.o + w.o * cell.c));
+}
+
+// c of variant_cell, from the activated gates.
+template <class V>
+LSTM_HOST_DEVICE V variant_state(const CellOptions& options, const Cell<V>& cell, const V& c_prev) {
+  return clipped(V(cell.f * c_prev + cell.i * cell.g), options.clip);
+}
+
+// The transpose of variant_cell, in two parts. In: the activated gates, c of variant_cell and
+// output(c), or of c normalised, as s; dm. The gradient of what `output` is of comes out.
+template <class V>
+LSTM_HOST_DEVICE V variant_output_backward(const CellOptions& options, Cell<V>& cell, const V& s,
+                                           const V& dm, Cell<V>& d) {
+  cell.m = cell.o * s;
+  d.o = dm * s * activation_slope(options.recurrent, cell.o);
+  return dm * cell.o * activation_slope(options.output, s);
+}
+
+// In: d.o, and in dc all that comes to c but through the peephole of o. Out: the gradients of the
+// pre-activations in d, that of c_prev in dc.
+template <class V>
+LSTM_HOST_DEVICE void variant_cell_backward(const CellOptions& options, const Peephole<V>& w,
+                                            const Cell<V>& cell, const V& c_prev, V& dc,
+                                            Cell<V>& d) {
+  const V zero{};
+  dc = dc + w.o * d.o;
+  if (options.clip > 0) {
+    const V c = cell.f * c_prev + cell.i * cell.g, high = constant<V>(options.clip);
+    dc = c > high ? zero : (c < -high ? zero : dc);
+  }
+  const bool coupled = options.forget == Forget::coupled;
+  d.i = dc * (coupled ? V(cell.g - c_prev) : cell.g) * activation_slope(options.recurrent, cell.i);
+  d.f = options.forget == Forget::own
+            ? V(dc * c_prev * activation_slope(options.recurrent, cell.f))
+            : zero;
+  d.g = dc * cell.i * activation_slope(options.candidate, cell.g);
+  dc = dc * cell.f + w.i * d.i + w.f * d.f;
 }
 
 }  // namespace lstm_cuda

@@ -51,6 +51,35 @@ inline constexpr const char* kPieceBackwardSchema =
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr, "
     "Tensor carry)";
 
+// The same for other cells (cell.h): options as in CellOptions, then what Variant points to. Without
+// w_ih, x is gates_x [T, B, D * 4H] in the compute type, and so is dx.
+#define LSTM_VARIANT_OPTIONS                                                             \
+  "int forget, int recurrent_activation, int activation, int output_activation, "        \
+  "float cell_clip, float zoneout_h, float zoneout_c, Tensor? peephole, Tensor? norm, "  \
+  "Tensor? h_scale, Tensor? seed"
+inline constexpr const char* kVariantForwardSchema =
+    "variant_forward(Tensor x, Tensor[]? w_ih, Tensor[] w_hh, Tensor[]? bias, Tensor[]? w_hr, "
+    "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int reversed, bool save, bool cells, "
+    "bool allow_tf32, " LSTM_VARIANT_OPTIONS
+    ", int before=0, int after=0) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor c, Tensor normed, Tensor rstd)";
+inline constexpr const char* kVariantBackwardSchema =
+    "variant_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor[]? w_ih, "
+    "Tensor[] w_hh, Tensor[]? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
+    "int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, bool allow_tf32, "
+    LSTM_VARIANT_OPTIONS ", Tensor normed, Tensor rstd) "
+    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr, "
+    "Tensor dpeephole, Tensor dnorm)";
+// As piece_backward; carry is [D, B, 4H + P], and sums have 9 H more for each D of their weights.
+inline constexpr const char* kVariantPieceBackwardSchema =
+    "variant_piece_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, "
+    "Tensor[]? w_ih, Tensor[] w_hh, Tensor[]? w_hr, Tensor h0, Tensor c0, Tensor? lengths, "
+    "Tensor? reset, int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, "
+    "int before, int after, Tensor? carry, Tensor(a!) sums, " LSTM_VARIANT_OPTIONS
+    ", Tensor normed, Tensor rstd) "
+    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr, "
+    "Tensor dpeephole, Tensor dnorm, Tensor carry)";
+
 // What derivatives beyond the first take (lstm_cuda/recurrence.py, products.py).
 inline constexpr const char* kChangesSchema =
     "changes(bool transposed, Tensor? source_x, Tensor? source_z, Tensor? source_gates, "

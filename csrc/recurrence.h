@@ -35,13 +35,48 @@ struct Others {
   int64_t before, after;
 };
 
+// What a cell computes (cell.h). The defaults are torch.nn.LSTM's.
+enum class Activation : uint8_t {
+  tanh,
+  sigmoid,
+  relu,
+  hard_sigmoid_keras,
+  hard_sigmoid_onnx,
+  hard_tanh,
+  softsign,
+  identity
+};
+enum class Forget : uint8_t { own, none, coupled };  // f has weights, is 1, is 1 - i
+
+struct CellOptions {
+  Forget forget = Forget::own;
+  Activation recurrent = Activation::sigmoid;  // of i, f and o
+  Activation candidate = Activation::tanh;     // of g
+  Activation output = Activation::tanh;        // of c
+  double clip = 0;                             // bound of |c|; 0: none
+  double zoneout_h = 0, zoneout_c = 0;         // probabilities
+};
+
+// A layer whose cell is another than torch.nn.LSTM's. All in the compute type.
+struct Variant {
+  CellOptions cell;
+  const void* peephole;  // [D, 3, H]: w_ci, w_cf, w_co; or null
+  const void* norm;      // [D, 6, H]: gains of w_hh h (four rows) and of c, shift of c; or null
+  const void* h_scale;   // [D, B, P], of h where it meets w_hh; or null
+  const int64_t* seed;   // [1], zoneout's choices are drawn (random.h); null: the mean of them
+  void* normed;          // [T, B, D, 4H], w_hh h normalised, before gains; null without norm or save
+  void* rstd;            // [T, B, D], by what it was multiplied for that; likewise
+  void* dpeephole;       // [D, 3, H]; backward, likewise
+  void* dnorm;           // [D, 6, H]
+};
+
 // The reserve (gates, c) is in the compute type: double for float64, float for all others.
 struct LayerForward {
   LayerShape shape;
   Others others;
   const void* x;  // [T, B, inputs * I], last dimension contiguous
   int64_t x_stride_t, x_stride_b;
-  const void* const* w_ih;  // D pointers, [4H, I]
+  const void* const* w_ih;  // D pointers, [4H, I]; null: x is gates_x [T, B, D * 4H], compute type
   const void* const* w_hh;  // D pointers, [4H, P]
   const void* const* b_ih;  // D pointers, [4H]; null without bias
   const void* const* b_hh;  // D pointers, [4H]; null without bias
@@ -56,6 +91,7 @@ struct LayerForward {
   void* c_n;                // [D, B, H], as wide_c says
   void* gates;              // [T, B, D, 4H], activated, or null (inference)
   void* c;                  // [T, B, D, H] or null; gates implies c
+  const Variant* variant;   // null: torch.nn.LSTM's cell
 };
 
 // Gradients that come in have the outputs' types, those that go out the compute type.
@@ -93,7 +129,8 @@ struct LayerBackward {
       carry_in;     // [D, B, 4H], dgates of the steps after these, of the compute type; or null
   void* carry_out;  // the same of the first of these; or null
   void* sums;       // of weight gradients; null if none is wanted
-  bool sums_weights() const { return dw_ih || sums; }
+  const Variant* variant;  // as in LayerForward
+  bool sums_weights() const { return dw_hh || sums; }
 };
 
 // What lstm_cuda/recurrence.py writes out, and what its letters mean. All in the compute type. A run

@@ -1,0 +1,77 @@
+"""What the random options of a cell draw, once for a layer: the same for every path and pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import Cell
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The random choices of one layer in training.
+
+    Args:
+        h_scale: [D, B, P], 0 or ``1 / (1 - recurrent_dropout)``, what h is multiplied by where it
+            meets w_hh; None without recurrent dropout.
+        seed: [1] int64, of zoneout's choices; None without zoneout.
+    """
+
+    h_scale: Tensor | None = None
+    seed: Tensor | None = None
+
+
+def draw_masks(cell: Cell, like: Tensor, D: int, B: int, P: int) -> Masks:
+    """Draw from torch's generator of ``like``'s device; ``h_scale`` gets ``like``'s dtype."""
+    h_scale = seed = None
+    if cell.recurrent_dropout > 0:
+        h_scale = F.dropout(like.new_ones(D, B, P), cell.recurrent_dropout)
+    if any(cell.zoneout):
+        seed = torch.randint(2**63 - 1, (1,), device=like.device)
+    return Masks(h_scale, seed)
+
+
+def zoneout_choices(
+    seed: Tensor, which: int, shape: tuple[int, int, int, int], probability: float
+) -> Tensor:
+    """Where zoneout keeps the state: csrc/random.h's choices, in torch.
+
+    Args:
+        seed: [1] int64.
+        which: 0 for h, 1 for c.
+        shape: T, B, D, n, n being P or H.
+        probability: that an element is kept.
+
+    Returns:
+        [T, B, D, n] bool.
+    """
+    T, B, D, n = shape
+    t, b, d, j = (torch.arange(size, device=seed.device) for size in shape)
+    lane = j // 64 * 16 + j % 16
+    counter = [lane, b[:, None, None], t[:, None, None, None], (2 * d + which)[:, None]]
+    words = _philox([word.expand(T, B, D, n) for word in counter], seed)
+    drawn = torch.stack(words).gather(0, (j // 16 % 4).expand(1, T, B, D, n))[0]
+    return drawn < int(probability * 2**32)
+
+
+_MASK = 0xFFFFFFFF
+
+
+def _philox(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011) of words of 32 bits, each in an int64."""
+    key = [seed & _MASK, seed >> 32 & _MASK]
+    for _ in range(10):
+        # Products wrap around in 64 bits, which leaves both halves right.
+        first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [
+            (second >> 32 & _MASK) ^ counter[1] ^ key[0],
+            second & _MASK,
+            (first >> 32 & _MASK) ^ counter[3] ^ key[1],
+            first & _MASK,
+        ]
+        key = [(key[0] + 0x9E3779B9) & _MASK, (key[1] + 0xBB67AE85) & _MASK]
+    return counter
