@@ -240,9 +240,8 @@ LSTM_HOST_DEVICE void variant_cell_backward(const CellOptions& options, const Pe
   }
   const bool coupled = options.forget == Forget::coupled;
   d.i = dc * (coupled ? V(cell.g - c_prev) : cell.g) * activation_slope(options.recurrent, cell.i);
-  d.f = options.forget == Forget::own
-            ? V(dc * c_prev * activation_slope(options.recurrent, cell.f))
-            : zero;
+  d.f = options.forget == Forget::own ? V(dc * c_prev * activation_slope(options.recurrent, cell.f))
+                                      : zero;
   d.g = dc * cell.i * activation_slope(options.candidate, cell.g);
   dc = dc * cell.f + w.i * d.i + w.f * d.f;
 }

@@ -26,7 +26,7 @@ void fill(const Inputs& in, Problem& p) {
   p.x = in.x.data_ptr();
   p.x_stride_t = in.x.stride(0);
   p.x_stride_b = in.x.stride(1);
-  p.w_ih = in.w_ih_pointers.data();
+  p.w_ih = in.w_ih.empty() ? nullptr : in.w_ih_pointers.data();
   p.w_hh = in.w_hh_pointers.data();
   p.w_hr = in.shape.projected ? in.w_hr_pointers.data() : nullptr;
   p.h0 = pointer(in.h0);
@@ -52,27 +52,20 @@ void run(Entry entry, const Problem& p, bool backward, const Tensor& x) {
   entry(p, plan, parallel, scratch.data_ptr());
 }
 
-ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors& w_hh,
-                            const OptionalTensors& bias_or_none,
-                            const OptionalTensors& w_hr_or_none, const OptionalTensor& h0,
-                            const OptionalTensor& c0, const OptionalTensor& lengths,
-                            const OptionalTensor& reset, int64_t reversed, bool save, bool cells,
-                            bool /*allow_tf32*/, const OptionalTensor& /*packed*/,
-                            int64_t /*packed_layout*/, int64_t before, int64_t after) {
-  const Tensors bias = bias_or_none.value_or(Tensors{}), w_hr = w_hr_or_none.value_or(Tensors{});
-  const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
+// p holds what not every call has.
+ForwardResult run_forward(LayerForward p, const Inputs& in, const OptionalTensors& bias_or_none,
+                          bool save, bool cells) {
   check_lengths(in);
   const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
+  const Tensor& x = in.x;
   const ScalarType compute = compute_type(in.type);
+  const Tensors bias = bias_or_none.value_or(Tensors{});
   const Tensors b = checked("bias", bias, bias.empty() ? 0 : 2 * D, {4 * H}, in.type, x);
   const std::vector<const void*> b_pointers = pointers(b);
   const Tensor y = empty({T, B, D * P}, in.type, x), h_n = empty({D, B, P}, in.type, x),
                c_n = empty({D, B, H}, in.c_type, x);
   const Tensor gates = empty(save ? Sizes{T, B, D, 4 * H} : Sizes{0}, compute, x);
   const Tensor c = empty(save || cells ? Sizes{T, B, D, H} : Sizes{0}, compute, x);
-
-  LayerForward p{};
-  p.others = {before, after};
   fill(in, p);
   p.b_ih = b.empty() ? nullptr : b_pointers.data();
   p.b_hh = b.empty() ? nullptr : b_pointers.data() + D;
@@ -85,6 +78,48 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
   return {y, h_n, c_n, gates, c};
 }
 
+ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors& w_hh,
+                            const OptionalTensors& bias, const OptionalTensors& w_hr,
+                            const OptionalTensor& h0, const OptionalTensor& c0,
+                            const OptionalTensor& lengths, const OptionalTensor& reset,
+                            int64_t reversed, bool save, bool cells, bool /*allow_tf32*/,
+                            const OptionalTensor& /*packed*/, int64_t /*packed_layout*/,
+                            int64_t before, int64_t after) {
+  STD_TORCH_CHECK(!w_ih.empty(), "w_ih must hold a [4H, I] tensor for each direction");
+  const Inputs in(x, w_ih, w_hh, w_hr.value_or(Tensors{}), h0, c0, lengths, reset, reversed);
+  LayerForward p{};
+  p.others = {before, after};
+  return run_forward(p, in, bias, save, cells);
+}
+
+VariantForwardResult variant_forward(
+    const Tensor& x, const OptionalTensors& w_ih, const Tensors& w_hh, const OptionalTensors& bias,
+    const OptionalTensors& w_hr, const OptionalTensor& h0, const OptionalTensor& c0,
+    const OptionalTensor& lengths, const OptionalTensor& reset, int64_t reversed, bool save,
+    bool cells, bool /*allow_tf32*/, int64_t forget, int64_t recurrent_activation,
+    int64_t activation, int64_t output_activation, double cell_clip, double zoneout_h,
+    double zoneout_c, const OptionalTensor& peephole, const OptionalTensor& norm,
+    const OptionalTensor& h_scale, const OptionalTensor& seed, int64_t before, int64_t after) {
+  const Inputs in(x, w_ih.value_or(Tensors{}), w_hh, w_hr.value_or(Tensors{}), h0, c0, lengths,
+                  reset, reversed);
+  STD_TORCH_CHECK(w_ih || !bias, "bias is part of gates_x where there is no w_ih");
+  const VariantInputs options(in, forget, recurrent_activation, activation, output_activation,
+                              cell_clip, zoneout_h, zoneout_c, peephole, norm, h_scale, seed);
+  STD_TORCH_CHECK(!norm || !w_ih, "norm needs gates_x, without w_ih");
+  const LayerShape& s = in.shape;
+  const ScalarType compute = compute_type(in.type);
+  const bool kept = save && norm;
+  const Tensor normed = empty(kept ? Sizes{s.T, s.B, s.D, 4 * s.H} : Sizes{0}, compute, x),
+               rstd = empty(kept ? Sizes{s.T, s.B, s.D} : Sizes{0}, compute, x);
+  Variant variant = options.variant();
+  variant.normed = kept ? normed.data_ptr() : nullptr;
+  variant.rstd = kept ? rstd.data_ptr() : nullptr;
+  LayerForward p{};
+  p.others = {before, after};
+  p.variant = &variant;
+  return std::tuple_cat(run_forward(p, in, bias, save, cells), std::tuple(normed, rstd));
+}
+
 // Gradients in the compute type; p holds what not every call has.
 BackwardResult run_backward(LayerBackward p, const Inputs& in, const Gradients& grads, bool need_dx,
                             bool need_dh0, bool need_dw) {
@@ -94,8 +129,9 @@ BackwardResult run_backward(LayerBackward p, const Inputs& in, const Gradients& 
   };
   const Tensor dx = wanted(need_dx, {T, B, inputs * I}), dh0 = wanted(need_dh0, {D, B, P}),
                dc0 = wanted(in.c0.has_value(), {D, B, H});
-  const Tensor dw_ih = wanted(need_dw, {D, 4 * H, I}), dw_hh = wanted(need_dw, {D, 4 * H, P}),
-               db = wanted(need_dw, {D, 4 * H}), dw_hr = wanted(need_dw && projected, {D, P, H});
+  const Tensor dw_ih = wanted(need_dw && !in.w_ih.empty(), {D, 4 * H, I}),
+               dw_hh = wanted(need_dw, {D, 4 * H, P}), db = wanted(need_dw, {D, 4 * H}),
+               dw_hr = wanted(need_dw && projected, {D, P, H});
   fill(in, p);
   p.y = grads.y.data_ptr();
   p.gates = grads.gates.data_ptr();
@@ -117,6 +153,16 @@ BackwardResult run_backward(LayerBackward p, const Inputs& in, const Gradients& 
   return {dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr};
 }
 
+// From the compute type to the types of what was given.
+void round(BackwardResult& result, const Inputs& in) {
+  const ScalarType compute = compute_type(in.type);
+  if (compute == in.type) return;
+  auto& [dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr] = result;
+  for (Tensor* t : {&dh0, &dw_ih, &dw_hh, &db, &dw_hr}) *t = torch::stable::to(*t, in.type);
+  if (in.x.scalar_type() != compute) dx = torch::stable::to(dx, in.type);
+  if (in.c_type != compute) dc0 = torch::stable::to(dc0, in.type);
+}
+
 BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
                               const OptionalTensor& dc_n, const OptionalTensor& dc, const Tensor& x,
                               const Tensors& w_ih, const Tensors& w_hh,
@@ -134,12 +180,48 @@ BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh
   LayerBackward p{};
   p.dgates = pointer(dgates);
   BackwardResult result = run_backward(p, in, grads, need_dx, h0.has_value(), need_dw);
-  if (compute != in.type) {
-    auto& [dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr] = result;
-    for (Tensor* t : {&dx, &dh0, &dw_ih, &dw_hh, &db, &dw_hr}) *t = torch::stable::to(*t, in.type);
-    if (in.c_type != compute) dc0 = torch::stable::to(dc0, in.type);
-  }
+  round(result, in);
   return result;
+}
+
+VariantBackwardResult variant_backward(
+    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+    const OptionalTensor& dc, const Tensor& x, const OptionalTensors& w_ih, const Tensors& w_hh,
+    const OptionalTensors& w_hr, const OptionalTensor& h0, const OptionalTensor& c0,
+    const OptionalTensor& lengths, const OptionalTensor& reset, int64_t reversed, const Tensor& y,
+    const Tensor& gates, const Tensor& c, bool need_dx, bool need_dw, bool /*allow_tf32*/,
+    int64_t forget, int64_t recurrent_activation, int64_t activation, int64_t output_activation,
+    double cell_clip, double zoneout_h, double zoneout_c, const OptionalTensor& peephole,
+    const OptionalTensor& norm, const OptionalTensor& h_scale, const OptionalTensor& seed,
+    const Tensor& normed_in, const Tensor& rstd_in) {
+  const Inputs in(x, w_ih.value_or(Tensors{}), w_hh, w_hr.value_or(Tensors{}), h0, c0, lengths,
+                  reset, reversed);
+  check_lengths(in);
+  const VariantInputs options(in, forget, recurrent_activation, activation, output_activation,
+                              cell_clip, zoneout_h, zoneout_c, peephole, norm, h_scale, seed);
+  STD_TORCH_CHECK(!norm || !w_ih, "norm needs gates_x, without w_ih");
+  const LayerShape& s = in.shape;
+  const ScalarType compute = compute_type(in.type);
+  const Gradients grads(in, dy, dh_n, dc_n, dc, y, gates, c, compute);
+  const Tensor normed =
+      checked("normed", normed_in, norm ? Sizes{s.T, s.B, s.D, 4 * s.H} : Sizes{0}, compute, x);
+  const Tensor rstd = checked("rstd", rstd_in, norm ? Sizes{s.T, s.B, s.D} : Sizes{0}, compute, x);
+  const int64_t of_peephole = peephole ? 3 : 0, of_norm = norm ? 6 : 0;
+  const Tensor dmore = empty({s.D, need_dw ? of_peephole + of_norm : 0, s.H}, compute, x);
+  Variant variant = options.variant();
+  variant.normed = normed.data_ptr();
+  variant.rstd = rstd.data_ptr();
+  variant.dmore = dmore.data_ptr();
+  LayerBackward p{};
+  p.variant = &variant;
+  BackwardResult result = run_backward(p, in, grads, need_dx, h0.has_value(), need_dw);
+  round(result, in);
+  const auto part = [&](int64_t first, int64_t rows) {
+    if (!need_dw || rows == 0) return empty({0}, compute, x);
+    Tensor whole = dmore;
+    return torch::stable::clone(torch::stable::narrow(whole, 1, first, rows));
+  };
+  return std::tuple_cat(result, std::tuple(part(0, of_peephole), part(of_peephole, of_norm)));
 }
 
 PieceResult piece_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
@@ -179,6 +261,8 @@ STABLE_TORCH_LIBRARY(lstm_cuda, m) {
   m.def(lstm_cuda::kForwardSchema);
   m.def(lstm_cuda::kBackwardSchema);
   m.def(lstm_cuda::kPieceBackwardSchema);
+  m.def(lstm_cuda::kVariantForwardSchema);
+  m.def(lstm_cuda::kVariantBackwardSchema);
   m.def(lstm_cuda::kChangesSchema);
   m.def(lstm_cuda::kCellGradientsSchema);
   m.def(lstm_cuda::kTangentsWithGradientsSchema);
@@ -191,4 +275,6 @@ STABLE_TORCH_LIBRARY_IMPL(lstm_cuda, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&lstm_cuda::layer_forward));
   m.impl("layer_backward", TORCH_BOX(&lstm_cuda::layer_backward));
   m.impl("piece_backward", TORCH_BOX(&lstm_cuda::piece_backward));
+  m.impl("variant_forward", TORCH_BOX(&lstm_cuda::variant_forward));
+  m.impl("variant_backward", TORCH_BOX(&lstm_cuda::variant_backward));
 }

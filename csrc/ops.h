@@ -53,9 +53,9 @@ inline constexpr const char* kPieceBackwardSchema =
 
 // The same for other cells (cell.h): options as in CellOptions, then what Variant points to. Without
 // w_ih, x is gates_x [T, B, D * 4H] in the compute type, and so is dx.
-#define LSTM_VARIANT_OPTIONS                                                             \
-  "int forget, int recurrent_activation, int activation, int output_activation, "        \
-  "float cell_clip, float zoneout_h, float zoneout_c, Tensor? peephole, Tensor? norm, "  \
+#define LSTM_VARIANT_OPTIONS                                                            \
+  "int forget, int recurrent_activation, int activation, int output_activation, "       \
+  "float cell_clip, float zoneout_h, float zoneout_c, Tensor? peephole, Tensor? norm, " \
   "Tensor? h_scale, Tensor? seed"
 inline constexpr const char* kVariantForwardSchema =
     "variant_forward(Tensor x, Tensor[]? w_ih, Tensor[] w_hh, Tensor[]? bias, Tensor[]? w_hr, "
@@ -64,22 +64,14 @@ inline constexpr const char* kVariantForwardSchema =
     ", int before=0, int after=0) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor c, Tensor normed, Tensor rstd)";
 inline constexpr const char* kVariantBackwardSchema =
-    "variant_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor[]? w_ih, "
+    "variant_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor[]? "
+    "w_ih, "
     "Tensor[] w_hh, Tensor[]? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
-    "int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, bool allow_tf32, "
-    LSTM_VARIANT_OPTIONS ", Tensor normed, Tensor rstd) "
-    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr, "
-    "Tensor dpeephole, Tensor dnorm)";
-// As piece_backward; carry is [D, B, 4H + P], and sums have 9 H more for each D of their weights.
-inline constexpr const char* kVariantPieceBackwardSchema =
-    "variant_piece_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, "
-    "Tensor[]? w_ih, Tensor[] w_hh, Tensor[]? w_hr, Tensor h0, Tensor c0, Tensor? lengths, "
-    "Tensor? reset, int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, "
-    "int before, int after, Tensor? carry, Tensor(a!) sums, " LSTM_VARIANT_OPTIONS
+    "int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, bool "
+    "allow_tf32, " LSTM_VARIANT_OPTIONS
     ", Tensor normed, Tensor rstd) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr, "
-    "Tensor dpeephole, Tensor dnorm, Tensor carry)";
-
+    "Tensor dpeephole, Tensor dnorm)";
 // What derivatives beyond the first take (lstm_cuda/recurrence.py, products.py).
 inline constexpr const char* kChangesSchema =
     "changes(bool transposed, Tensor? source_x, Tensor? source_z, Tensor? source_gates, "
@@ -104,6 +96,9 @@ inline constexpr const char* kPackSchema =
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using VariantForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using VariantBackwardResult =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using PieceResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 std::string text(const Sizes& sizes);
@@ -141,9 +136,23 @@ struct Inputs {
   OptionalTensor h0, c0, lengths, reset;
   std::vector<const void*> w_ih_pointers, w_hh_pointers, w_hr_pointers;
 
+  // Without w_ih, x is gates_x.
   Inputs(const Tensor& x_in, const Tensors& w_ih_in, const Tensors& w_hh_in, const Tensors& w_hr_in,
          const OptionalTensor& h0_in, const OptionalTensor& c0_in, const OptionalTensor& lengths_in,
          const OptionalTensor& reset_in, int64_t reversed);
+};
+
+// The options of another cell: checked, contiguous and kept alive.
+struct VariantInputs {
+  CellOptions cell;
+  OptionalTensor peephole, norm, h_scale, seed;
+
+  VariantInputs(const Inputs& in, int64_t forget, int64_t recurrent_activation, int64_t activation,
+                int64_t output_activation, double cell_clip, double zoneout_h, double zoneout_c,
+                const OptionalTensor& peephole_in, const OptionalTensor& norm_in,
+                const OptionalTensor& h_scale_in, const OptionalTensor& seed_in);
+
+  Variant variant() const;
 };
 
 // What backward is given besides: what forward gave, and the gradients of that.

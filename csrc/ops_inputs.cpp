@@ -75,13 +75,15 @@ Tensor empty(const Sizes& sizes, ScalarType type, const Tensor& x) {
 Inputs::Inputs(const Tensor& x_in, const Tensors& w_ih_in, const Tensors& w_hh_in,
                const Tensors& w_hr_in, const OptionalTensor& h0_in, const OptionalTensor& c0_in,
                const OptionalTensor& lengths_in, const OptionalTensor& reset_in, int64_t reversed)
-    : type(x_in.scalar_type()), c_type(c0_in ? c0_in->scalar_type() : type), x(x_in) {
+    : type(w_ih_in.empty() && !w_hh_in.empty() ? w_hh_in[0].scalar_type() : x_in.scalar_type()),
+      c_type(c0_in ? c0_in->scalar_type() : type),
+      x(x_in) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be [T, B, inputs * I]; got ", text(sizes_of(x)));
-  STD_TORCH_CHECK(!w_ih_in.empty() && w_ih_in[0].dim() == 2 && w_ih_in[0].size(0) % 4 == 0 &&
-                      w_ih_in[0].size(0) > 0,
+  const Tensors& w = w_ih_in.empty() ? w_hh_in : w_ih_in;
+  STD_TORCH_CHECK(!w.empty() && w[0].dim() == 2 && w[0].size(0) % 4 == 0 && w[0].size(0) > 0,
                   "w_ih must hold a [4H, I] tensor for each direction");
-  const int64_t D = int64_t(w_ih_in.size()), H = w_ih_in[0].size(0) / 4, I = w_ih_in[0].size(1),
-                inputs = I > 0 ? x.size(2) / I : 1;
+  const int64_t D = int64_t(w.size()), H = w[0].size(0) / 4,
+                I = w_ih_in.empty() ? 4 * H : w[0].size(1), inputs = I > 0 ? x.size(2) / I : 1;
   STD_TORCH_CHECK(x.size(2) == inputs * I && inputs > 0 && D % inputs == 0, "x must be [T, B, n * ",
                   I, "] where n divides the ", D, " recurrences; got ", text(sizes_of(x)));
   const bool projected = !w_hr_in.empty();
@@ -92,7 +94,9 @@ Inputs::Inputs(const Tensor& x_in, const Tensors& w_ih_in, const Tensors& w_hh_i
   STD_TORCH_CHECK(D <= kMaxRecurrences, "at most ", kMaxRecurrences,
                   " recurrences run in one call; got ", D);
   if (x.stride(2) != 1 && x.size(2) > 1) x = torch::stable::contiguous(x);
-  w_ih = checked("w_ih", w_ih_in, D, {4 * H, I}, type, x);
+  STD_TORCH_CHECK(!w_ih_in.empty() || (inputs == D && x.scalar_type() == compute_type(type)),
+                  "without w_ih, x must be [T, B, D * 4H] in the compute type");
+  w_ih = checked("w_ih", w_ih_in, w_ih_in.empty() ? 0 : D, {4 * H, I}, type, x);
   w_hh = checked("w_hh", w_hh_in, D, {4 * H, P}, type, x);
   w_hr = checked("w_hr", w_hr_in, projected ? D : 0, {P, H}, type, x);
   h0 = checked("h0", h0_in, {D, shape.B, P}, type, x);
@@ -120,6 +124,46 @@ Gradients::Gradients(const Inputs& in, const OptionalTensor& dy_in, const Option
   dh_n = checked("dh_n", dh_n_in, {D, B, P}, in.type, in.x);
   dc_n = checked("dc_n", dc_n_in, {D, B, H}, in.c_type, in.x);
   dc = checked("dc", dc_in, {T, B, D, H}, compute, in.x);
+}
+
+VariantInputs::VariantInputs(const Inputs& in, int64_t forget, int64_t recurrent_activation,
+                             int64_t activation, int64_t output_activation, double cell_clip,
+                             double zoneout_h, double zoneout_c, const OptionalTensor& peephole_in,
+                             const OptionalTensor& norm_in, const OptionalTensor& h_scale_in,
+                             const OptionalTensor& seed_in) {
+  const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
+  const ScalarType compute = compute_type(in.type);
+  STD_TORCH_CHECK(forget >= 0 && forget <= int64_t(Forget::coupled), "forget must be in 0..2; got ",
+                  forget);
+  for (const int64_t number : {recurrent_activation, activation, output_activation}) {
+    STD_TORCH_CHECK(number >= 0 && number <= int64_t(Activation::identity),
+                    "activations must be in 0..", int64_t(Activation::identity), "; got ", number);
+  }
+  for (const double probability : {zoneout_h, zoneout_c}) {
+    STD_TORCH_CHECK(probability >= 0 && probability <= 1, "zoneout must be in 0..1; got ",
+                    probability);
+  }
+  cell = {Forget(forget),
+          Activation(recurrent_activation),
+          Activation(activation),
+          Activation(output_activation),
+          cell_clip,
+          zoneout_h,
+          zoneout_c};
+  peephole = checked("peephole", peephole_in, {D, 3, H}, compute, in.x);
+  norm = checked("norm", norm_in, {D, 6, H}, compute, in.x);
+  h_scale = checked("h_scale", h_scale_in, {D, B, P}, compute, in.x);
+  seed = checked("seed", seed_in, {1}, ScalarType::Long, in.x);
+}
+
+Variant VariantInputs::variant() const {
+  Variant v{};
+  v.cell = cell;
+  v.peephole = pointer(peephole);
+  v.norm = pointer(norm);
+  v.h_scale = pointer(h_scale);
+  v.seed = pointer<const int64_t*>(seed);
+  return v;
 }
 
 }  // namespace lstm_cuda

@@ -64,10 +64,9 @@ struct Variant {
   const void* norm;      // [D, 6, H]: gains of w_hh h (four rows) and of c, shift of c; or null
   const void* h_scale;   // [D, B, P], of h where it meets w_hh; or null
   const int64_t* seed;   // [1], zoneout's choices are drawn (random.h); null: the mean of them
-  void* normed;          // [T, B, D, 4H], w_hh h normalised, before gains; null without norm or save
-  void* rstd;            // [T, B, D], by what it was multiplied for that; likewise
-  void* dpeephole;       // [D, 3, H]; backward, likewise
-  void* dnorm;           // [D, 6, H]
+  void* normed;  // [T, B, D, 4H], w_hh h normalised, before gains; null without norm or save
+  void* rstd;    // [T, B, D], by what it was multiplied for that; likewise
+  void* dmore;   // [D, 3 + 6, H], gradients of peephole and norm where those are; backward
 };
 
 // The reserve (gates, c) is in the compute type: double for float64, float for all others.

@@ -28,7 +28,7 @@ struct BackwardWeights {
     };
     w_ih_on_the_way = one_chunk;
     w_hh = panels(s.T > 1 || p.carry_in || p.dh0 ? 4 * s.H : 0, s.P, true);
-    w_ih = panels(4 * s.H, p.dx ? s.I : 0, !one_chunk);
+    w_ih = panels(4 * s.H, p.dx && p.w_ih ? s.I : 0, !one_chunk);
     w_hr = panels(s.P, s.projected ? s.H : 0, true);
   }
 
@@ -66,32 +66,43 @@ struct BackwardWeights {
 
 // What the steps of one chunk leave for the products, of one direction and part: a slot for each
 // step and batch row.
-template <class M>
+template <class S, class M>
 struct ChunkGradients {
+  using T = typename M::Compute;
   using Element = typename M::Element;
-  Element* dgates;  // [steps][rows][4H]
-  Element* dh;      // [steps][rows][stride_dh], with projection
-  Element* m;       // [steps][rows][H], with projection
-  int64_t d, b0, rows, steps, G, stride_dh, H;
+  Element* dgates;    // [steps][rows][4H]
+  Element* dh;        // [steps][rows][stride_dh], with projection
+  Element* m;         // [steps][rows][H], with projection
+  S* h = nullptr;     // [steps][rows][P], h as it met w_hh, with h_scale
+  T* sums = nullptr;  // [steps][rows][sums of VariantRows][H]
+  int64_t d, b0, rows, steps, G, stride_dh, H, P, extra = 0;
 
-  ChunkGradients(const LayerShape& s, const CpuPlan& plan, int64_t d, int64_t part, int64_t steps,
-                 Arena& arena)
+  ChunkGradients(const LayerBackward& p, const CpuPlan& plan, int64_t d, int64_t part,
+                 int64_t steps, Arena& arena)
       : d(d),
-        b0(plan.first_row(part, s.B)),
-        rows(plan.first_row(part + 1, s.B) - b0),
+        b0(plan.first_row(part, p.shape.B)),
+        rows(plan.first_row(part + 1, p.shape.B) - b0),
         steps(steps) {
+    const LayerShape& s = p.shape;
     G = 4 * s.H;
     H = s.H;
+    P = s.P;
     stride_dh = round_up(s.P, M::depth * kLanes<typename M::Compute>);
     dgates = arena.take<Element>(steps * rows * G);
     dh = s.projected ? arena.take<Element>(steps * rows * stride_dh) : nullptr;
     m = s.projected ? arena.take<Element>(steps * rows * H) : nullptr;
+    if (!p.variant || !p.sums_weights()) return;
+    extra = VariantRows<T>::sums(*p.variant) * H;
+    if (extra) sums = arena.take<T>(steps * rows * extra);
+    if (p.variant->h_scale) h = arena.take<S>(steps * rows * P);
   }
   // Step `index` in the order of the recurrence and row b of the part.
   int64_t slot(int64_t index, int64_t b) const { return index % steps * rows + b; }
   Element* dgates_at(int64_t slot) const { return dgates + slot * G; }
   Element* dh_at(int64_t slot) const { return dh ? dh + slot * stride_dh : nullptr; }
   Element* m_at(int64_t slot) const { return m ? m + slot * H : nullptr; }
+  S* h_at(int64_t slot) const { return h ? h + slot * P : nullptr; }
+  T* sums_at(int64_t slot) const { return sums ? sums + slot * extra : nullptr; }
 };
 
 template <class S, class M>
@@ -109,6 +120,11 @@ class BackwardJob {
     const T* dc_next;              // gradient of c from the step after
     T* dc;
     Element *dgates, *dh, *m;
+    int64_t b, at;     // other cells: of the part, and of [T, B, D]
+    const T* dh_next;  // what zoneout brings to h from the step after
+    S* h_scaled;       // for dw_hh; or null
+    const S* h_prev;   // null: zeros
+    T* sums;
   };
 
  public:
@@ -120,8 +136,8 @@ class BackwardJob {
     bool* fresh;            // [rows], no gradient of c comes from the step after
   };
 
-  BackwardJob(const LayerBackward& p, const BackwardWeights<M>& w, const ChunkGradients<M>& chunk,
-              Arena& arena)
+  BackwardJob(const LayerBackward& p, const BackwardWeights<M>& w,
+              const ChunkGradients<S, M>& chunk, Arena& arena)
       : p_(p),
         s_(p.shape),
         w_(w),
@@ -136,6 +152,16 @@ class BackwardJob {
     dc_ = arena.take<T>(rows_ * padded_);
     c0_ = p.c0 ? arena.take<T>(rows_ * s_.H) : nullptr;
     zeros_ = arena.take<T>(std::max(G_, padded_));
+    if (!p.variant) return;
+    const Variant& v = *p.variant;
+    const int64_t width = round_up(std::max(s_.P, s_.H), kChoices);
+    dm_ = arena.take<T>(rows_ * padded_);
+    if (v.cell.zoneout_h > 0) {
+      keep_h_ = arena.take<T>(rows_ * width);
+      dh_ = arena.take<T>(rows_ * width);
+    }
+    if (v.cell.zoneout_c > 0) keep_c_ = arena.take<T>(rows_ * width);
+    if (v.norm) room_ = arena.take<T>(rows_ * 8 * padded_);
   }
 
   Walk walk(Arena& arena) const {
@@ -151,6 +177,7 @@ class BackwardJob {
 
   void start() const {
     std::memset(static_cast<void*>(zeros_), 0, sizeof(T) * std::max(G_, padded_));
+    if (dh_) std::memset(static_cast<void*>(dh_), 0, sizeof(T) * rows_ * width());
     for (int64_t b = 0; b < rows_; ++b) {
       const int64_t at = d_ * s_.B + b0_ + b;
       for (int64_t j = 0; j < padded_; j += lanes) {
@@ -178,6 +205,11 @@ class BackwardJob {
                   cells = any.s_.projected ? any.w_.w_hr.count() : outputs;
     for (int64_t index = last - 1; index >= first; --index) {
       for (int64_t k = 0; k < count; ++k) jobs[k].plan_step(walks[k], index);
+      if (any.keep_h_ || any.keep_c_) {
+        worker.each(count * any.rows_, [&](int64_t item) {
+          jobs[item / any.rows_].choose(walks[item / any.rows_], index, item % any.rows_);
+        });
+      }
       if (any.s_.projected) {
         worker.each(count * outputs, [&](int64_t item) {
           jobs[item / outputs].output_gradient(walks[item / outputs], item % outputs);
@@ -186,6 +218,11 @@ class BackwardJob {
       worker.each(count * cells, [&](int64_t item) {
         jobs[item / cells].step(walks[item / cells], item % cells);
       });
+      if (any.p_.variant) {
+        worker.each(count * any.rows_, [&](int64_t item) {
+          jobs[item / any.rows_].variant_row(walks[item / any.rows_], item % any.rows_);
+        });
+      }
     }
     worker.each(count, [&](int64_t k) { jobs[k].keep_carry(walks[k]); });
     for (int64_t k = 0; k < count; ++k) jobs[k].follow_carry(walks[k]);
@@ -215,6 +252,8 @@ class BackwardJob {
           for (int v = 0; v < N; ++v) {
             const int64_t j = n * w_.w_hh.width + v * lanes, at = (base + b) * s_.P + j;
             const int left = lanes_left(j, s_.P, lanes);
+            if (h_scale(b)) acc[r][v] *= load<T>(h_scale(b) + j, left);
+            if (dh_ && !walk.fresh[b]) acc[r][v] += load<T>(dh_ + b * width() + j);
             if (unused && p_.dh_n) {
               if (!p_.carry_in) acc[r][v] = Vec<T>{};
               acc[r][v] += load<T>(static_cast<const S*>(p_.dh_n) + at, left);
@@ -288,6 +327,19 @@ class BackwardJob {
       row.dgates = chunk_.dgates_at(slot);
       row.dh = chunk_.dh_at(slot);
       row.m = chunk_.m_at(slot);
+      if (p_.variant) {
+        row.b = b;
+        row.at = at;
+        row.dh_next = !dh_ || walk.fresh[b] ? nullptr : dh_ + b * width();
+        row.sums = chunk_.sums_at(slot);
+        row.h_scaled = chunk_.h_at(slot);
+        row.h_prev = nullptr;
+        if (!fresh && previous >= 0)
+          row.h_prev =
+              static_cast<const S*>(p_.y) + ((previous * s_.B + global) * s_.D + d_) * s_.P;
+        if (!fresh && previous < 0 && p_.h0)
+          row.h_prev = static_cast<const S*>(p_.h0) + state * s_.P;
+      }
       walk.carry[b] = fresh ? zeros() : row.dgates;
       walk.fresh[b] = fresh;
     }
@@ -301,8 +353,70 @@ class BackwardJob {
     return dh;
   }
 
+  // Of row b of the part, or null.
+  const T* h_scale(int64_t b) const {
+    if (!p_.variant || !p_.variant->h_scale) return nullptr;
+    return static_cast<const T*>(p_.variant->h_scale) + (d_ * s_.B + b0_ + b) * s_.P;
+  }
+  int64_t width() const { return round_up(std::max(s_.P, s_.H), kChoices); }
+
+  void choose(const Walk& walk, int64_t index, int64_t q) const {
+    if (q >= walk.rows) return;
+    const VariantRows<T> rows(s_, *p_.variant, d_);
+    const int64_t b = walk.row[q].b, t = schedule_.time(index) +
+                                         (schedule_.reversed ? p_.others.after : p_.others.before);
+    if (keep_h_) rows.choose(Choice::h, t, b0_ + b, s_.P, keep_h_ + b * width());
+    if (keep_c_) rows.choose(Choice::c, t, b0_ + b, s_.H, keep_c_ + b * width());
+  }
+
+  // All of dh of another cell, from what w_hh brings; what is for the h before zoneout comes out.
+  LSTM_INLINE Vec<T> variant_output(const Row& row, int64_t j, Vec<T> dh) const {
+    const int left = lanes_left(j, s_.P, lanes);
+    const T* const scale = h_scale(row.b);
+    if (scale) dh *= load<T>(scale + j, left);
+    if (row.dh_next) dh += load<T>(row.dh_next + j);
+    dh += outer_gradient(row, j, left);
+    if (!dh_) return dh;
+    const Vec<T> keep = load<T>(keep_h_ + row.b * width() + j);
+    store<T>(dh_ + row.b * width() + j, keep * dh);
+    return (1 - keep) * dh;
+  }
+
+  void variant_row(const Walk& walk, int64_t q) const {
+    if (q >= walk.rows) return;
+    const Row& row = walk.row[q];
+    const Variant& v = *p_.variant;
+    const VariantRows<T> rows(s_, v, d_);
+    const int64_t H = s_.H;
+    rows.backward({row.gates, row.c_prev, dm_ + row.b * padded_, row.dc_next, row.dc_out,
+                   keep_c_ ? keep_c_ + row.b * width() : nullptr, row.dc,
+                   v.norm ? static_cast<const T*>(v.normed) + row.at * G_ : nullptr,
+                   v.norm ? static_cast<const T*>(v.rstd) + row.at : nullptr, row.sums,
+                   p_.dx && !p_.w_ih ? static_cast<T*>(p_.dx) + row.at * G_ : nullptr,
+                   v.norm ? room_ + row.b * 8 * padded_ : nullptr},
+                  [&](int64_t j, const Cell<Vec<T>>& d, const Vec<T>& m, int left) {
+                    store<T>(row.dgates + j, d.i, left);
+                    store<T>(row.dgates + H + j, d.f, left);
+                    store<T>(row.dgates + 2 * H + j, d.g, left);
+                    store<T>(row.dgates + 3 * H + j, d.o, left);
+                    if (row.m) store<T>(row.m + j, m, left);
+                  });
+    for (int64_t j = 0; row.h_scaled && j < s_.P; j += lanes) {
+      const int left = lanes_left(j, s_.P, lanes);
+      const Vec<T> h = row.h_prev ? load<T>(row.h_prev + j, left) : Vec<T>{};
+      store<T>(row.h_scaled + j, h * load<T>(h_scale(row.b) + j, left), left);
+    }
+  }
+
   // With projection: dh, panel n of it, kept for dw_hr.
   void output_gradient(const Walk& walk, int64_t n) const {
+    if (p_.variant) {
+      return multiply(
+          walk, w_.w_hh, n, false, [](const Row& row) { return row.carry; },
+          [this](const Row& row, int64_t j, const Vec<T>& dh) {
+            store<T>(row.dh + j, variant_output(row, j, dh));
+          });
+    }
     multiply(
         walk, w_.w_hh, n, true, [](const Row& row) { return row.carry; },
         [](const Row& row, int64_t j, const Vec<T>& dh) { store<T>(row.dh + j, dh); });
@@ -310,6 +424,18 @@ class BackwardJob {
 
   // dm, panel n of it, and the cell's gradients.
   void step(const Walk& walk, int64_t n) const {
+    if (p_.variant) {
+      const auto keep = [this](const Row& row, int64_t j, const Vec<T>& dm) {
+        if (j < padded_)
+          store<T>(dm_ + row.b * padded_ + j, s_.projected ? dm : variant_output(row, j, dm));
+      };
+      if (s_.projected) {
+        return multiply(
+            walk, w_.w_hr, n, false,
+            [](const Row& row) { return reinterpret_cast<const Unit*>(row.dh); }, keep);
+      }
+      return multiply(walk, w_.w_hh, n, false, [](const Row& row) { return row.carry; }, keep);
+    }
     const auto cell = [this](const Row& row, int64_t j, const Vec<T>& dm) {
       this->cell(row, j, dm);
     };
@@ -379,13 +505,18 @@ class BackwardJob {
   const LayerBackward& p_;
   const LayerShape& s_;
   const BackwardWeights<M>& w_;
-  const ChunkGradients<M>& chunk_;
+  const ChunkGradients<S, M>& chunk_;
   const int64_t d_, b0_, rows_, G_, padded_;
   const Schedule schedule_;
   Element* carried_;  // [rows][4H]
   T* dc_;             // [rows][padded]
   T* c0_;             // [rows][H] in the compute type
   T* zeros_;          // dgates or c of no step
+  // Of other cells:
+  T* dm_ = nullptr;  // [rows][padded]
+  T* dh_ = nullptr;  // [rows][width], what zoneout passes on to the h before
+  T *keep_h_ = nullptr, *keep_c_ = nullptr;  // [rows][width]
+  T* room_ = nullptr;                        // [rows][8][padded], with norm
 };
 
 }  // namespace lstm_cuda::LSTM_CPU_ISA

@@ -29,10 +29,17 @@ class ForwardJob {
     T* c;
     T* c_out;  // where c of this step is kept, or null
     S* y;
+    int64_t b, at;  // other cells: of the part, and of [T, B, D]
+    T* z;
+    T* h_state;          // h without h_scale; or null
+    const T* h_prev;     // the same of the step before
+    T *keep_h, *keep_c;  // null without zoneout
+    const T* h_scale;    // or null
   };
   struct Product {
     const Unit* x;
     T* gates;
+    const T* given;  // pre-activations, where x holds those
   };
 
  public:
@@ -68,6 +75,12 @@ class ForwardJob {
     zeros_ = arena.take<T>(std::max(stride_h_, padded_));
     gates_ = p.gates || plan.input_within_step ? nullptr : arena.take<T>(chunk_ * rows_ * 4 * s_.H);
     m_ = s_.projected ? arena.take<Element>(rows_ * stride_m_) : nullptr;
+    if (!p.variant) return;
+    const Variant& v = *p.variant;
+    z_ = arena.take<T>(rows_ * 4 * padded_);
+    if (v.h_scale || v.cell.zoneout_h > 0) h_state_ = arena.take<T>(rows_ * stride_h_);
+    if (v.cell.zoneout_h > 0) keep_h_ = arena.take<T>(rows_ * stride_h_);
+    if (v.cell.zoneout_c > 0) keep_c_ = arena.take<T>(rows_ * stride_m_);
   }
 
   Walk walk(Arena& arena) const {
@@ -77,7 +90,7 @@ class ForwardJob {
     walk.which = arena.take<uint8_t>(rows_);
     if (!plan_.input_within_step) walk.product = arena.take<Product>(chunk_ * rows_);
     if (staged()) walk.x = arena.take<Unit>(chunk_ * rows_ * units<M>(s_.I));
-    if (plan_.input == Weights::packed_on_the_way)
+    if (plan_.input == Weights::packed_on_the_way && p_.w_ih)
       walk.panel = arena.take<Unit>(units<M>(s_.I) * 4 * lanes);
     return walk;
   }
@@ -112,6 +125,11 @@ class ForwardJob {
         each_range([&](const ForwardJob& job, Walk& walk, int64_t n0, int64_t n1) {
           job.step(walk, index, n0, n1);
         });
+        if (any.p_.variant) {
+          worker.each(count * any.rows_, [&](int64_t item) {
+            jobs[item / any.rows_].variant_row(walks[item / any.rows_], index, item % any.rows_);
+          });
+        }
         if (panels > 0) {
           worker.each(count * panels, [&](int64_t item) {
             jobs[item / panels].project(walks[item / panels], item % panels);
@@ -125,6 +143,7 @@ class ForwardJob {
  private:
   // Whether rows of x are no operands as they lie: of another type, or not whole units in their places.
   bool staged() const {
+    if (!p_.w_ih) return false;
     const auto whole = [](int64_t elements) { return elements % M::depth == 0; };
     return !std::is_same_v<S, Element> || !whole(s_.I) || !whole(p_.x_stride_t) ||
            !whole(p_.x_stride_b) || reinterpret_cast<uintptr_t>(p_.x) % alignof(Unit) != 0;
@@ -146,11 +165,15 @@ class ForwardJob {
     std::memset(static_cast<void*>(h_), 0, sizeof(Element) * 2 * rows_ * stride_h_);
     std::memset(static_cast<void*>(zeros_), 0, sizeof(T) * std::max(stride_h_, padded_));
     if (m_) std::memset(static_cast<void*>(m_), 0, sizeof(Element) * rows_ * stride_m_);
+    if (h_state_) std::memset(static_cast<void*>(h_state_), 0, sizeof(T) * rows_ * stride_h_);
     for (int64_t b = 0; b < rows_; ++b) {
       const int64_t at = d_ * s_.B + b0_ + b;
       for (int64_t j = 0; p_.h0 && j < s_.P; j += lanes) {
         const int n = lanes_left(j, s_.P, lanes);
-        store<T>(h_buffer(b, 0) + j, load<T>(static_cast<const S*>(p_.h0) + at * s_.P + j, n));
+        Vec<T> h = load<T>(static_cast<const S*>(p_.h0) + at * s_.P + j, n);
+        if (h_state_) store<T>(h_state_ + b * stride_h_ + j, h);
+        if (h_scale(b)) h = rounded<T, S>(h * load<T>(h_scale(b) + j, n));
+        store<T>(h_buffer(b, 0) + j, h);
       }
       for (int64_t j = 0; j < padded_; j += lanes) {
         const int n = lanes_left(j, s_.H, lanes);
@@ -164,8 +187,9 @@ class ForwardJob {
     for (int64_t b = 0; b < rows_; ++b) {
       const int64_t at = d_ * s_.B + b0_ + b;
       for (int64_t j = 0; j < s_.P; j += lanes) {
-        store<T>(static_cast<S*>(p_.h_n) + at * s_.P + j, load<T>(h_buffer(b, walk.which[b]) + j),
-                 lanes_left(j, s_.P, lanes));
+        const Vec<T> h = h_state_ ? load<T>(h_state_ + b * stride_h_ + j)
+                                  : load<T>(h_buffer(b, walk.which[b]) + j);
+        store<T>(static_cast<S*>(p_.h_n) + at * s_.P + j, h, lanes_left(j, s_.P, lanes));
       }
       for (int64_t j = 0; j < s_.H; j += lanes) {
         store_either<T, S>(p_.c_n, p_.wide_c, at * s_.H + j, load<T>(c_ + b * padded_ + j),
@@ -181,8 +205,14 @@ class ForwardJob {
       const int64_t t = schedule_.time(index);
       for (int64_t b = 0; b < rows_; ++b) {
         if (!schedule_.active(t, b0_ + b)) continue;
-        walk.product[walk.products] = {input_at(walk, t, b, walk.products),
-                                       gates_at(t, b, first, last)};
+        Product& product = walk.product[walk.products];
+        product.gates = gates_at(t, b, first, last);
+        if (p_.w_ih) {
+          product.x = input_at(walk, t, b, walk.products);
+        } else {
+          product.given = static_cast<const T*>(p_.x) + t * p_.x_stride_t +
+                          (b0_ + b) * p_.x_stride_b + d_ * 4 * s_.H;
+        }
         ++walk.products;
       }
     }
@@ -203,6 +233,18 @@ class ForwardJob {
 
   // Pre-activations of the chunk from its input and the biases, for groups n0 .. n1.
   void input_product(const Walk& walk, int64_t n0, int64_t n1) const {
+    if (!p_.w_ih) {
+      for (int64_t q = 0; q < walk.products; ++q) {
+        for (int gate = 0; gate < 4; ++gate) {
+          for (int64_t n = n0; n < n1; ++n) {
+            const int64_t at = gate * s_.H + n * lanes;
+            const int left = lanes_left(n * lanes, s_.H, lanes);
+            store<T>(walk.product[q].gates + at, load<T>(walk.product[q].given + at, left), left);
+          }
+        }
+      }
+      return;
+    }
     const S* const w = static_cast<const S*>(p_.w_ih[d_]);
     if (plan_.input == Weights::unpacked) {
       for (int64_t q = 0; q < walk.products; ++q) {
@@ -281,7 +323,22 @@ class ForwardJob {
       row.c_prev = fresh ? zeros_ : row.c;
       row.c_out = p_.c ? static_cast<T*>(p_.c) + at * s_.H : nullptr;
       row.y = static_cast<S*>(p_.y) + at * s_.P;
+      if (!p_.variant) continue;
+      row.b = b;
+      row.at = at;
+      row.z = z_ + b * 4 * padded_;
+      row.h_state = h_state_ ? h_state_ + b * stride_h_ : nullptr;
+      row.h_prev = fresh ? zeros_ : row.h_state;
+      row.keep_h = keep_h_ ? keep_h_ + b * stride_h_ : nullptr;
+      row.keep_c = keep_c_ ? keep_c_ + b * stride_m_ : nullptr;
+      row.h_scale = h_scale(b);
     }
+  }
+
+  // Of row b of the part, or null.
+  const T* h_scale(int64_t b) const {
+    if (!p_.variant || !p_.variant->h_scale) return nullptr;
+    return static_cast<const T*>(p_.variant->h_scale) + (d_ * s_.B + b0_ + b) * s_.P;
   }
 
   // A step for groups n0 .. n1. Every second step walks the groups backwards, so that it starts
@@ -289,6 +346,7 @@ class ForwardJob {
   void step(const Walk& walk, int64_t index, int64_t n0, int64_t n1) const {
     if (n0 == 0) clear_idle(walk, schedule_.time(index));
     int64_t depth = index == 0 && !p_.h0 ? 0 : units<M>(s_.P);  // nothing to multiply w_hh by
+    if (p_.variant) return variant_products(walk, n0, n1, depth);
     if (depth > 0 && !w_.w_hh) {
       multiply_unpacked<T>(
           static_cast<const S*>(p_.w_hh[d_]), s_.H, s_.P, n0, n1, walk.rows,
@@ -358,14 +416,81 @@ class ForwardJob {
     }
   }
 
+  // The pre-activations of groups n0 .. n1, or, with norm, the part of w_hh h.
+  void variant_products(const Walk& walk, int64_t n0, int64_t n1, int64_t depth) const {
+    const bool within_step = plan_.input_within_step, apart = p_.variant->norm;
+    for (int64_t n = n0; n < n1; ++n) {
+      const int64_t j0 = n * lanes;
+      for_row_tiles(walk.rows, [&]<int R>(int64_t first) {
+        const Row* const row = walk.row + first;
+        Vec<T> acc[R][4];
+        const Unit *h[R], *x[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          h[r] = row[r].h;
+          x[r] = row[r].x;
+#pragma GCC unroll 4
+          for (int gate = 0; gate < 4; ++gate) {
+            acc[r][gate] = apart         ? Vec<T>{}
+                           : within_step ? load<T>(w_.bias + (n * 4 + gate) * lanes)
+                                         : load<T>(row[r].gates + gate * s_.H + j0,
+                                                   lanes_left(j0, s_.H, lanes));
+          }
+        }
+        if (within_step) accumulate<M, R, 4>(acc, x, w_.group_of(w_.w_ih, s_.I, n), units<M>(s_.I));
+        accumulate<M, R, 4>(acc, h, w_.group_of(w_.w_hh, s_.P, n), depth);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+          for (int gate = 0; gate < 4; ++gate)
+            store<T>(row[r].z + gate * padded_ + j0, acc[r][gate]);
+        }
+      });
+    }
+  }
+
+  // The rest of a step for its active row q, up to the projection.
+  void variant_row(const Walk& walk, int64_t index, int64_t q) const {
+    if (q >= walk.rows) return;
+    const Row& row = walk.row[q];
+    const Variant& v = *p_.variant;
+    const VariantRows<T> rows(s_, v, d_);
+    const int64_t t = schedule_.time(index) +
+                      (schedule_.reversed ? p_.others.after : p_.others.before),
+                  b = b0_ + row.b;
+    if (row.keep_h) rows.choose(Choice::h, t, b, s_.P, row.keep_h);
+    if (row.keep_c) rows.choose(Choice::c, t, b, s_.H, row.keep_c);
+    const bool normed = v.norm && p_.gates;
+    rows.forward(
+        {row.z, row.gates, row.c_prev, row.keep_c, row.c, row.c_out, p_.gates ? row.gates : nullptr,
+         normed ? static_cast<T*>(v.normed) + row.at * 4 * s_.H : nullptr,
+         normed ? static_cast<T*>(v.rstd) + row.at : nullptr},
+        [&](int64_t j, const Vec<T>& m, int left) {
+          s_.projected ? store<T>(row.m + j, m) : store_output(row, j, m, left);
+        });
+  }
+
   // h as the next step reads it is h as the caller sees it, rounding included.
-  static LSTM_INLINE void store_output(const Row& row, int64_t j, const Vec<T>& h, int left) {
+  LSTM_INLINE void store_output(const Row& row, int64_t j, Vec<T> h, int left) const {
+    if (p_.variant) return store_variant_output(row, j, h, left);
     store<T>(row.y + j, h, left);
     if constexpr (std::is_same_v<S, Element>) {
       store<T>(row.h_next + j, h);
     } else {
       store<T>(row.h_next + j, rounded<T, S>(h));
     }
+  }
+
+  LSTM_INLINE void store_variant_output(const Row& row, int64_t j, Vec<T> h, int left) const {
+    if (row.keep_h) {
+      const Vec<T> keep = load<T>(row.keep_h + j);
+      h = keep * load<T>(row.h_prev + j) + (1 - keep) * h;
+    }
+    store<T>(row.y + j, h, left);
+    h = rounded<T, S>(h);
+    if (row.h_state) store<T>(row.h_state + j, h);
+    if (row.h_scale) h = rounded<T, S>(h * load<T>(row.h_scale + j, left));
+    store<T>(row.h_next + j, h);
   }
 
   // h = w_hr m, panel n.
@@ -400,6 +525,10 @@ class ForwardJob {
   T* zeros_;    // h or c of a fresh row
   T* gates_;    // [chunk][rows][4H] when gates are not kept
   Element* m_;  // [rows][stride_m], with projection
+  // Of other cells:
+  T* z_ = nullptr;        // [rows][4][padded]
+  T* h_state_ = nullptr;  // [rows][stride_h], where h_ holds something else, or all of it is wanted
+  T *keep_h_ = nullptr, *keep_c_ = nullptr;  // [rows][stride_h], [rows][stride_m]
 };
 
 }  // namespace lstm_cuda::LSTM_CPU_ISA

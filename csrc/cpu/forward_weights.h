@@ -20,7 +20,8 @@ struct ForwardWeights {
     const LayerShape& s = p.shape;
     const int64_t padded = groups(s.H) * 4 * kLanes<T>;
     bias = arena.take<T>(padded);
-    w_ih = plan.input == Weights::packed ? arena.take<Unit>(padded * units<M>(s.I)) : nullptr;
+    w_ih = plan.input == Weights::packed && p.w_ih ? arena.take<Unit>(padded * units<M>(s.I))
+                                                   : nullptr;
     w_hh = plan.recurrent == Weights::packed && (s.T > 1 || p.h0)
                ? arena.take<Unit>(padded * units<M>(s.P))
                : nullptr;

@@ -19,16 +19,22 @@ struct WeightGradients {
   T* w_hh;  // [4H, P]
   T* b;     // [4H]
   T* w_hr;  // [P, H], with projection
+  T* more;  // [sums of VariantRows, H]
 
   struct Sizes {
-    int64_t w_ih, w_hh, b, w_hr;
-    explicit Sizes(const LayerShape& s)
-        : w_ih(4 * s.H * s.I), w_hh(4 * s.H * s.P), b(4 * s.H), w_hr(s.projected ? s.P * s.H : 0) {}
-    int64_t all() const { return w_ih + w_hh + b + w_hr; }
+    int64_t w_ih, w_hh, b, w_hr, more;
+    explicit Sizes(const LayerBackward& p)
+        : w_ih(p.w_ih ? 4 * p.shape.H * p.shape.I : 0),
+          w_hh(4 * p.shape.H * p.shape.P),
+          b(4 * p.shape.H),
+          w_hr(p.shape.projected ? p.shape.P * p.shape.H : 0),
+          more(p.variant ? VariantRows<T>::sums(*p.variant) * p.shape.H : 0) {}
+    int64_t all() const { return w_ih + w_hh + b + w_hr + more; }
   };
   static WeightGradients at(T* first, const Sizes& size) {
-    return {first, first + size.w_ih, first + size.w_ih + size.w_hh,
-            first + size.all() - size.w_hr};
+    T* const w_hh = first + size.w_ih;
+    T* const b = w_hh + size.w_hh;
+    return {first, w_hh, b, b + size.b, b + size.b + size.w_hr};
   }
 };
 
@@ -51,6 +57,7 @@ class GradientJob {
     const Element *dgates, *dh, *m;
     const S *x, *h_prev;
     T* dx;
+    const T* more;
   };
 
  public:
@@ -64,8 +71,9 @@ class GradientJob {
     Unit* panel;
   };
 
-  GradientJob(const LayerBackward& p, const BackwardWeights<M>& w, const ChunkGradients<M>& chunk,
-              const WeightSums<T>& dw, int64_t span, Arena& arena)
+  GradientJob(const LayerBackward& p, const BackwardWeights<M>& w,
+              const ChunkGradients<S, M>& chunk, const WeightSums<T>& dw, int64_t span,
+              Arena& arena)
       : p_(p),
         s_(p.shape),
         w_(w),
@@ -94,10 +102,11 @@ class GradientJob {
   void start() const {
     std::memset(static_cast<void*>(zeros_), 0, sizeof(S) * s_.P);
     if (p_.sums_weights() && p_.others.after == 0) {
-      std::memset(static_cast<void*>(dw_.all.w_ih), 0, sizeof(T) * G_ * s_.I);
+      std::memset(static_cast<void*>(dw_.all.w_ih), 0, sizeof(T) * G_ * inputs());
       std::memset(static_cast<void*>(dw_.all.w_hh), 0, sizeof(T) * G_ * s_.P);
       std::memset(static_cast<void*>(dw_.all.b), 0, sizeof(T) * G_);
       if (s_.projected) std::memset(static_cast<void*>(dw_.all.w_hr), 0, sizeof(T) * s_.P * s_.H);
+      if (chunk_.extra) std::memset(static_cast<void*>(dw_.all.more), 0, sizeof(T) * chunk_.extra);
     }
     for (int64_t t = 0; p_.dx && d_ == 0 && t < s_.T; ++t) {
       const int64_t width = s_.inputs * s_.I;
@@ -127,19 +136,21 @@ class GradientJob {
             h_prev = static_cast<const S*>(p_.y) + ((previous * s_.B + b) * s_.D + d_) * s_.P;
           if (previous < 0 && p_.h0) h_prev = static_cast<const S*>(p_.h0) + (d_ * s_.B + b) * s_.P;
         }
+        if (chunk_.h) h_prev = chunk_.h_at(slot);
         walk.product[walk.count++] = {
             chunk_.dgates_at(slot),
             chunk_.dh_at(slot),
             chunk_.m_at(slot),
             static_cast<const S*>(p_.x) + t * p_.x_stride_t + b * p_.x_stride_b + input * s_.I,
             h_prev,
-            p_.dx ? static_cast<T*>(p_.dx) + ((t * s_.B + b) * s_.inputs + input) * s_.I : nullptr};
+            p_.dx ? static_cast<T*>(p_.dx) + ((t * s_.B + b) * s_.inputs + input) * s_.I : nullptr,
+            chunk_.sums_at(slot)};
       }
     }
     walk.start[walk.spans] = walk.count;
   }
 
-  int64_t input_items() const { return p_.dx ? w_.w_ih.count() : 0; }
+  int64_t input_items() const { return p_.dx && p_.w_ih ? w_.w_ih.count() : 0; }
 
   // Panel n of dx += dgates w_ih.
   void input_gradient(const Walk& walk, int64_t n) const {
@@ -165,13 +176,17 @@ class GradientJob {
 
   // First the transposes, with the bias on the way; then the products, which need all of them.
   int64_t transpose_items() const {
-    return p_.sums_weights() ? blocks(G_) + blocks(dh_columns()) : 0;
+    return p_.sums_weights() ? blocks(G_) + blocks(dh_columns()) + blocks(chunk_.extra) : 0;
   }
   void transpose_item(const Walk& walk, int64_t item) const {
     if (item < blocks(G_)) {
       const int64_t first = item * block, last = std::min(first + block, G_);
       transpose_rows(walk, &Product::dgates, first, last, transposed_);
-      add_bias(walk, first, last);
+      add_rows(walk, &Product::dgates, &WeightGradients<T>::b, first, last);
+    } else if (item >= blocks(G_) + blocks(dh_columns())) {
+      const int64_t first = (item - blocks(G_) - blocks(dh_columns())) * block;
+      add_rows(walk, &Product::more, &WeightGradients<T>::more, first,
+               std::min(first + block, chunk_.extra));
     } else {
       const int64_t first = (item - blocks(G_)) * block;
       transpose_rows(walk, &Product::dh, first, std::min(first + block, dh_columns()),
@@ -183,18 +198,18 @@ class GradientJob {
   // than panels.
   int64_t weight_items(int workers) const {
     return p_.sums_weights()
-               ? row_parts(workers) * (Panels<M>::count(s_.I) + Panels<M>::count(s_.P) +
+               ? row_parts(workers) * (Panels<M>::count(inputs()) + Panels<M>::count(s_.P) +
                                        Panels<M>::count(dh_columns() ? s_.H : 0))
                : 0;
   }
   void weight_item(const Walk& walk, int64_t item, int workers) const {
     const int64_t parts = row_parts(workers), part = item % parts;
     int64_t n = item / parts;
-    if (n < Panels<M>::count(s_.I)) {
-      return add_product(walk, transposed_, G_, part, parts, &Product::x, s_.I, n,
+    if (n < Panels<M>::count(inputs())) {
+      return add_product(walk, transposed_, G_, part, parts, &Product::x, inputs(), n,
                          &WeightGradients<T>::w_ih);
     }
-    n -= Panels<M>::count(s_.I);
+    n -= Panels<M>::count(inputs());
     if (n < Panels<M>::count(s_.P)) {
       return add_product(walk, transposed_, G_, part, parts, &Product::h_prev, s_.P, n,
                          &WeightGradients<T>::w_hh);
@@ -205,10 +220,11 @@ class GradientJob {
   }
 
  private:
+  int64_t inputs() const { return p_.w_ih ? s_.I : 0; }  // columns of dw_ih
   int64_t dh_columns() const { return s_.projected ? s_.P : 0; }
   static int64_t blocks(int64_t columns) { return (columns + block - 1) / block; }
   int64_t row_parts(int workers) const {
-    return workers > Panels<M>::count(s_.I) + Panels<M>::count(s_.P) ? 4 : 1;
+    return workers > Panels<M>::count(inputs()) + Panels<M>::count(s_.P) ? 4 : 1;
   }
 
   // The chunk's rows that `member` points to.
@@ -252,14 +268,18 @@ class GradientJob {
             (goes_on ? dw_.begun : dw_.all).*member, !goes_on};
   }
 
-  void add_bias(const Walk& walk, int64_t first, int64_t last) const {
+  // The member `sum_of` += the sum over the chunk of the rows that `member` points to, in columns first ..
+  // last.
+  template <class R>
+  void add_rows(const Walk& walk, const R* Product::* member, T* WeightGradients<T>::* sum_of,
+                int64_t first, int64_t last) const {
     for (int64_t g = first; g < last; g += lanes) {
       const int left = lanes_left(g, last, lanes);
       for (int64_t k = 0; k < walk.spans; ++k) {
-        const Span here = span(walk, k, &WeightGradients<T>::b);
+        const Span here = span(walk, k, sum_of);
         Vec<T> sum = here.from ? load<T>(here.from + g, left) : Vec<T>{};
         for (int64_t q = here.first; q < here.last; ++q)
-          sum += load<T>(walk.product[q].dgates + g, left);
+          sum += load<T>(walk.product[q].*member + g, left);
         store<T>(here.to + g, here.adds ? load<T>(here.to + g, left) + sum : sum, left);
       }
     }
@@ -311,7 +331,7 @@ class GradientJob {
   const LayerBackward& p_;
   const LayerShape& s_;
   const BackwardWeights<M>& w_;
-  const ChunkGradients<M>& chunk_;
+  const ChunkGradients<S, M>& chunk_;
   const WeightSums<T> dw_;
   const int64_t span_, d_, G_, most_, depth_;
   const Schedule schedule_;

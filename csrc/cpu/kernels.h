@@ -7,9 +7,11 @@
 // Each needs those before it.
 // clang-format off
 #include "../cell.h"
+#include "../random.h"
 #include "simd.h"
 #include "denormals.h"
 #include "product.h"
+#include "variant.h"
 #include "forward_weights.h"
 #include "forward.h"
 #include "backward.h"
@@ -27,8 +29,11 @@ class Layer {
 
  public:
   // With a null block nothing is run; the return value is the room that is needed, in bytes.
-  static int64_t forward(const LayerForward& p, const CpuPlan& plan, const Parallel& parallel,
+  static int64_t forward(const LayerForward& p, const CpuPlan& given, const Parallel& parallel,
                          void* block) {
+    CpuPlan plan = given;
+    if (p.variant) plan.recurrent = Weights::packed;  // products apart from the cell
+    if (!p.w_ih) plan.input_within_step = false;
     using Job = ForwardJob<S, M>;
     const LayerShape& s = p.shape;
     Arena arena(block);
@@ -72,11 +77,11 @@ class Layer {
     std::vector<BackwardWeights<M>> weights(s.D);
     for (auto& w : weights) w.reserve(arena, p, one_chunk);
     const std::vector<WeightSums<T>> dw = weight_sums(p, plan, arena);
-    std::vector<ChunkGradients<M>>
+    std::vector<ChunkGradients<S, M>>
         chunks;  // part by part, directions within; so are the jobs and the products
     chunks.reserve(count);
     for (int64_t k = 0; k < count; ++k)
-      chunks.emplace_back(s, plan, k % s.D, k / s.D, std::min(s.T, chunk), arena);
+      chunks.emplace_back(p, plan, k % s.D, k / s.D, std::min(s.T, chunk), arena);
     Backward run;
     run.jobs.reserve(count);
     run.products.reserve(count);
@@ -107,7 +112,7 @@ class Layer {
           run.part(part, &run.walks[part * s.D], run.lists[id], p, chunk, self);
         });
       }
-      if (p.dw_ih) add_parts(p, dw, plan, worker);
+      if (p.dw_hh) add_parts(p, dw, plan, worker);
     });
     return arena.used();
   }
@@ -128,16 +133,17 @@ class Layer {
 
   // Those of direction d, of the whole batch.
   static WeightGradients<T> result(const LayerBackward& p, int64_t d) {
-    const Sizes size(p.shape);
+    const Sizes size(p);
     return {static_cast<T*>(p.dw_ih) + d * size.w_ih, static_cast<T*>(p.dw_hh) + d * size.w_hh,
-            static_cast<T*>(p.db) + d * size.b, static_cast<T*>(p.dw_hr) + d * size.w_hr};
+            static_cast<T*>(p.db) + d * size.b, static_cast<T*>(p.dw_hr) + d * size.w_hr,
+            size.more ? static_cast<T*>(p.variant->dmore) + d * size.more : nullptr};
   }
 
   // Where a call has all steps, the first part sums in the result, the others beside it.
   static std::vector<WeightSums<T>> weight_sums(const LayerBackward& p, const CpuPlan& plan,
                                                 Arena& arena) {
     const int64_t D = p.shape.D;
-    const Sizes size(p.shape);
+    const Sizes size(p);
     std::vector<WeightSums<T>> dw(plan.parts * D);
     for (int64_t k = 0; p.sums_weights() && k < plan.parts * D; ++k) {
       if (p.sums) {
@@ -147,7 +153,7 @@ class Layer {
         dw[k].all = result(p, k);
       } else {
         dw[k].all = {arena.take<T>(size.w_ih), arena.take<T>(size.w_hh), arena.take<T>(size.b),
-                     arena.take<T>(size.w_hr)};
+                     arena.take<T>(size.w_hr), arena.take<T>(size.more)};
       }
     }
     return dw;
@@ -157,7 +163,7 @@ class Layer {
   static void add_parts(const LayerBackward& p, const std::vector<WeightSums<T>>& dw,
                         const CpuPlan& plan, Team::Worker& worker) {
     const int64_t D = p.shape.D, slices = worker.workers();
-    const Sizes size(p.shape);
+    const Sizes size(p);
     worker.each(D * slices, [&](int64_t item) {
       const int64_t d = item / slices, slice = item % slices;
       const auto add = [&](T* WeightGradients<T>::* member, int64_t count) {
@@ -173,6 +179,7 @@ class Layer {
       add(&WeightGradients<T>::w_hh, size.w_hh);
       add(&WeightGradients<T>::b, size.b);
       add(&WeightGradients<T>::w_hr, size.w_hr);
+      add(&WeightGradients<T>::more, size.more);
     });
   }
 
