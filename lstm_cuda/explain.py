@@ -32,8 +32,11 @@ def explain(
     options = module._extras()
     if module.backend == "torch":
         return 'reference: backend="torch" asks for it (plain torch, one step at a time)'
-    if options:
-        return f"reference (plain torch): the fused op has no {', '.join(options)} yet"
+    named = ", ".join(options)
+    if options and kind == "cuda":
+        return f"reference (plain torch): the fused op has no {named} on CUDA yet"
+    if options and module.truncate is not None:
+        return f"reference (plain torch): the fused op has no truncate with {named}"
     try:
         ops.require(kind if device is None else "cpu")
     except RuntimeError as error:
@@ -60,6 +63,8 @@ def explain(
         what += f"; segments of {steps} steps, each direction by itself"
         if module.truncate is not None:
             what += f"; gradients end every {module.truncate} steps"
+    if options:
+        what += f"; a cell with {named}"
     lines = [f"fused op on {kind}, {str(dtype).removeprefix('torch.')}, T={T} B={B}: {what}"]
     for layer in range(module.num_layers):
         features = module.input_size if layer == 0 else D * P

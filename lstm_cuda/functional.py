@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference
+from . import ops, reference, variant_ops
 from .layer import fused_layer
 from .packed import PackedWeights
 from .reference import PLAIN, Cell, check_probability
 from .segments import check_segments, segmented_layer
 from .stack import run_stack, wavefront_chunks
+from .variant import variant_layer
+
+_Rows = Sequence[Sequence[Tensor]] | None
 
 BACKENDS = ("auto", "cuda", "cpu", "torch")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -86,10 +89,11 @@ def fused_lstm(
             state passes between t-1 and t, in either direction of time; at t = 0, ``hx`` is ignored
             for that row.
         return_cells: also return c_t of the last layer.
-        cell: options of the cell; all but the default run on the reference, with one warning.
-        peephole: L*D rows ``[w_ci, w_cf, w_co]``, each [H]; runs on the reference.
+        cell: options of the cell. On CUDA, exported or with ``truncate``, all but the default run
+            on the reference, with one warning; so do ``peephole`` and ``layer_norm``.
+        peephole: L*D rows ``[w_ci, w_cf, w_co]``, each [H].
         layer_norm: L*D rows of gains ``[ih [4H], hh [4H], c [H]]`` and, optionally, the shift of c
-            [H]; runs on the reference.
+            [H].
         backend: "auto" (by x's device), "cpu", "cuda", or "torch" for the reference: slow, any
             device, any transform.
         checkpoint: to save memory in training, keep for backward the state before every k-th step
@@ -159,7 +163,7 @@ def fused_lstm(
         _check_extra("layer_norm", layer_norm, ((4 * H,), (4 * H,), (H,), (H,)), x, L * D)
     if checkpoint is not None:
         check_checkpoint(backend, extras)
-    fused = _choose_fused(backend, x.device.type, extras)
+    fused = _choose_fused(backend, x.device.type, extras, truncate)
     in_segments = fused and (checkpoint is not None or truncate is not None)
 
     if batch_first:
@@ -171,6 +175,13 @@ def fused_lstm(
 
     kept = packed if dtype is None else None
 
+    def own(k: int) -> tuple[_Rows, _Rows]:
+        mine = slice(k * D, k * D + D)
+        return (
+            None if peephole is None else peephole[mine],
+            None if layer_norm is None else layer_norm[mine],
+        )
+
     def layer(
         k: int,
         x: Tensor,
@@ -180,24 +191,25 @@ def fused_lstm(
         lengths: Tensor | None,
         reset: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wanted = return_cells and k == L - 1
+        if fused and extras:
+            return variant_layer(
+                x, rows, h, c, lengths, reset, reversed, cell, *own(k), training, wanted
+            )
         if fused:
-            wanted = return_cells and k == L - 1
             places = None if kept is None else kept[k]
             if in_segments:
                 return segmented_layer(
                     x, rows, h, c, lengths, reset, reversed, wanted, checkpoint, truncate, places
                 )
             return fused_layer(x, rows, h, c, lengths, reset, reversed, wanted, places)
-        mine = slice(k * D, k * D + D)
         return reference.lstm_layer(
-            x, rows, h, c, lengths, reset, reversed, cell,
-            None if peephole is None else peephole[mine],
-            None if layer_norm is None else layer_norm[mine],
-            training, truncate,
-        )  # fmt: skip
+            x, rows, h, c, lengths, reset, reversed, cell, *own(k), training, truncate
+        )
 
     # A wavefront has boundaries of its own.
-    chunks = wavefront_chunks(x, weights, D, reversed) if fused and not in_segments else 1
+    whole = not fused or in_segments or extras
+    chunks = 1 if whole else wavefront_chunks(x, weights, D, reversed)
     x, h_n, c_n, cells = run_stack(
         layer, x, weights, h0, c0, lengths, reset, D, return_cells, between, chunks
     )
@@ -256,16 +268,18 @@ def check_backend(backend: str) -> None:
 
 
 def check_checkpoint(backend: str, extras: tuple[str, ...]) -> None:
-    """Raise ValueError where the reference would run, which keeps all steps."""
+    """Raise ValueError for what keeps all steps."""
     if backend == "torch" or extras:
         reason = 'backend="torch"' if backend == "torch" else ", ".join(extras)
         raise ValueError(
-            f"checkpoint is for the fused op, and {reason} runs on the reference; there, put "
+            f"checkpoint is for the plain cell in the fused op, and not there with {reason}; put "
             "torch.utils.checkpoint around the call"
         )
 
 
-def _choose_fused(backend: str, device_type: str, extras: tuple[str, ...]) -> bool:
+def _choose_fused(
+    backend: str, device_type: str, extras: tuple[str, ...], truncate: int | None
+) -> bool:
     """Whether the fused op runs this; otherwise the reference does."""
     if backend == "torch":
         return False
@@ -275,9 +289,11 @@ def _choose_fused(backend: str, device_type: str, extras: tuple[str, ...]) -> bo
             f'backend="{backend}" wants input on {backend}; got {device_type}. Move the input and '
             'the module, or use backend="auto".'
         )
-    if extras:
+    # What is exported has an op for the plain cell alone.
+    exporting = torch.compiler._is_exporting_flag
+    if extras and (exporting or truncate is not None or not variant_ops.available(device_type)):
         if not torch.compiler.is_compiling():
-            warn_reference(extras)
+            warn_reference(extras + (() if truncate is None else ("truncate",)))
         return False
     ops.require(device_type)
     return True
@@ -287,7 +303,7 @@ def _choose_fused(backend: str, device_type: str, extras: tuple[str, ...]) -> bo
 def warn_reference(options: tuple[str, ...]) -> None:
     """Say, once in a process for a set of options, that they run on the reference."""
     warnings.warn(
-        f"{', '.join(options)}: not in the fused LSTM yet; runs on the reference in plain torch, "
+        f"{', '.join(options)}: not in the fused LSTM here; runs on the reference in plain torch, "
         "one step at a time, often 10 or more times slower. "
         'backend="torch" asks for that and silences this.',
         stacklevel=3,

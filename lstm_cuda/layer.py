@@ -74,9 +74,9 @@ def _run(
     ``save``: something above asks for them, whatever can be seen here.
     """
     allow_tf32 = tf32_allowed(x.device.type, x.dtype)
-    transformed = _transformed(x, flat, h0, c0)
+    transformed = is_transformed(x, flat, h0, c0)
     if not save:
-        save = (recorded and _requires_grad(x, flat, h0, c0)) or _has_tangent(x, flat, h0, c0)
+        save = (recorded and requires_grad(x, flat, h0, c0)) or _has_tangent(x, flat, h0, c0)
     if transformed or save:
         if c0 is not None and c0 is h0:
             c0 = c0.view_as(c0)  # torch.compile refuses the same tensor twice
@@ -85,7 +85,7 @@ def _run(
             x, h0, c0, lengths, reset, reversed, cells, D, allow_tf32, recorded, save, *flat
         )
         return results
-    w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
+    w_ih, w_hh, bias, w_hr = by_kind(flat, D)
     kept = (None, 0) if packed is None else packed.find(x, w_hh, w_hr, allow_tf32)
     return ops.layer_forward(
         x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, False, cells, allow_tf32, *kept
@@ -100,7 +100,7 @@ def tf32_allowed(device_type: str, dtype: torch.dtype) -> bool:
     return bool(rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
-def _requires_grad(
+def requires_grad(
     x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
 ) -> bool:
     if x.requires_grad or (h0 is not None and h0.requires_grad):
@@ -110,7 +110,7 @@ def _requires_grad(
     return any(w.requires_grad for w in weights)
 
 
-def _transformed(
+def is_transformed(
     x: Tensor, weights: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None
 ) -> bool:
     """Whether torch.func is at work, or forward-mode differentiation of one of these."""
@@ -137,21 +137,19 @@ def _has_tangent(
     return any(forward_ad.unpack_dual(t).tangent is not None for t in given)
 
 
-def _by_kind(
-    flat: Sequence[W], D: int
-) -> tuple[Sequence[W], Sequence[W], Sequence[W], Sequence[W]]:
+def by_kind(flat: Sequence[W], D: int) -> tuple[Sequence[W], Sequence[W], Sequence[W], Sequence[W]]:
     """w_ih, w_hh, biases and w_hr of D recurrences, from their flat list."""
     per = len(flat) // D  # 2 to 5: [w_ih, w_hh] + [b_ih, b_hh] + [w_hr]
     end = 4 * D if per >= 4 else 2 * D
     return flat[:D], flat[D : 2 * D], flat[2 * D : end], flat[end:]
 
 
-def _flat_gradients(dw: Sequence[Tensor], D: int, count: int, needed: bool) -> list[Tensor | None]:
+def flat_gradients(dw: Sequence[Tensor], D: int, count: int, needed: bool) -> list[Tensor | None]:
     """Those of ``count`` weights in their flat list, from dw_ih, dw_hh, db and dw_hr of the op."""
     if not needed:
         return [None] * count
     dw_ih, dw_hh, db, dw_hr = dw
-    _, _, bias, w_hr = _by_kind(range(count), D)
+    _, _, bias, w_hr = by_kind(range(count), D)
     # Both biases have the same gradient, in storage of their own: optimizers write to it.
     parts = [dw_ih, dw_hh] + ([db, db.clone()] if bias else []) + ([dw_hr] if w_hr else [])
     return [part[d] for part in parts for d in range(D)]
@@ -180,7 +178,7 @@ class _TransformedLayer(torch.autograd.Function):
         save: bool,
         *flat: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        w_ih, w_hh, bias, w_hr = _by_kind(flat, D)
+        w_ih, w_hh, bias, w_hr = by_kind(flat, D)
         return ops.layer_forward(
             x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, save, cells, allow_tf32
         )
@@ -202,7 +200,7 @@ class _TransformedLayer(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, h0, c0, lengths, reset, y, gates, c, *flat = ctx.saved_tensors
         needs_x, needs_h0, needs_c0, _, _, _, _, _, _, _, _, *needs_flat = ctx.needs_input_grad
-        w_ih, w_hh, _, w_hr = _by_kind(flat, ctx.D)
+        w_ih, w_hh, _, w_hr = by_kind(flat, ctx.D)
         given = x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates, c
         compiling = torch.compiler.is_compiling()
         if compiling:
@@ -224,7 +222,7 @@ class _TransformedLayer(torch.autograd.Function):
                 dy, dh_n, dc_n, dc, *given, needs_x, any(needs_flat), ctx.allow_tf32, dgates
             )
         dx, dh0, dc0, *dw = grads
-        dflat = _flat_gradients(dw, ctx.D, len(flat), any(needs_flat))
+        dflat = flat_gradients(dw, ctx.D, len(flat), any(needs_flat))
         return (
             dx if needs_x else None,
             dh0 if needs_h0 else None,
@@ -237,9 +235,9 @@ class _TransformedLayer(torch.autograd.Function):
     def jvp(ctx: Any, *changes: Tensor | None) -> tuple[Tensor, ...]:
         dx, dh0, dc0, _, _, _, _, _, _, _, _, *dflat = changes
         with forward_mode(ctx) as (x, h0, c0, lengths, reset, y, gates, c, *flat):
-            w_ih, w_hh, _, w_hr = _by_kind(flat, ctx.D)
+            w_ih, w_hh, _, w_hr = by_kind(flat, ctx.D)
             run = Run(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates, c)
-            return run.tangents(dx, dh0, dc0, *_by_kind(dflat, ctx.D))
+            return run.tangents(dx, dh0, dc0, *by_kind(dflat, ctx.D))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import Cell
+if TYPE_CHECKING:
+    from .reference import Cell
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,13 @@ def draw_masks(cell: Cell, like: Tensor, D: int, B: int, P: int) -> Masks:
     if any(cell.zoneout):
         seed = torch.randint(2**63 - 1, (1,), device=like.device)
     return Masks(h_scale, seed)
+
+
+def drop_weights(cell: Cell, weights: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+    """The rows of weights with ``weight_dropout`` of w_hh."""
+    if cell.weight_dropout == 0:
+        return weights
+    return [[row[0], F.dropout(row[1], cell.weight_dropout), *row[2:]] for row in weights]
 
 
 def zoneout_choices(

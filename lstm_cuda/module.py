@@ -16,7 +16,6 @@ from .functional import (
     check_pair,
     fused_lstm,
     native_dtype,
-    warn_reference,
 )
 from .packed import PackedWeights
 from .reference import Cell, check_probability
@@ -154,8 +153,6 @@ class FusedLSTM(nn.RNNBase):
         extras = self._extras()
         if checkpoint is not None:
             check_checkpoint(backend, extras)
-        if extras and backend != "torch":
-            warn_reference(extras)
 
     def _add(self, sizes: dict[str, int]) -> list[list[str]]:
         """Register parameters of these sizes for each layer and direction; returns their names."""
@@ -169,7 +166,7 @@ class FusedLSTM(nn.RNNBase):
         return rows
 
     def _extras(self) -> tuple[str, ...]:
-        """The names of the options that only the reference has."""
+        """The names of the options that make another cell."""
         peephole = ("peephole",) if self._peephole_names else ()
         return self.cell.options + peephole + (("layer_norm",) if self._layer_norm_names else ())
 

@@ -282,7 +282,7 @@ def layer_forward(
         ``saved_gates_dtype``; c [T, B, D, H] ([0] unless ``save`` or ``cells``) in
         ``compute_dtype``.
     """
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _outside_autocast(
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = outside_autocast(
         _forward, x.device.type,
         x, w_ih, w_hh, bias or None, w_hr or None, h0, c0, lengths, reset, reversed, save, cells,
         allow_tf32, packed, packed_layout, before, after,
@@ -329,7 +329,7 @@ def layer_backward(
         without projection); the last four are [0] unless ``need_dw``. dc0 in c0's dtype, which is
         dc_n's, too; all others in x's.
     """
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = _outside_autocast(
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = outside_autocast(
         _backward, x.device.type,
         dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr or None, h0, c0, lengths, reset, reversed, y,
         gates, c, need_dx, need_dw, allow_tf32, dgates,
@@ -404,7 +404,7 @@ def piece_sums(
     return x.new_empty(2 * parts * weights, dtype=compute_dtype(x.dtype))
 
 
-def _outside_autocast(op: Any, device_type: str, *arguments: Any) -> Any:
+def outside_autocast(op: Any, device_type: str, *arguments: Any) -> Any:
     """Call an op whose own products autocast must leave alone: dtypes are settled before it."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return op(*arguments)  # meta has no autocast

@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .masks import Masks, draw_masks, drop_weights, zoneout_choices
+
 # Keras 3 and torch define the hard sigmoid with slope 1/6, ONNX and Keras 2 with slope 1/5.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
-    "hard_sigmoid_keras": F.hardsigmoid,
+    # F.hardsigmoid's constants have 24 bits, in float64, too.
+    "hard_sigmoid_keras": lambda z: (z / 6 + 0.5).clamp(0.0, 1.0),
     "hard_sigmoid_onnx": lambda z: (0.2 * z + 0.5).clamp(0.0, 1.0),
     "hard_tanh": F.hardtanh,
     "softsign": F.softsign,
@@ -121,6 +124,7 @@ def lstm_layer(
     layer_norm: Sequence[Sequence[Tensor]] | None = None,
     training: bool = False,
     truncate: int | None = None,
+    masks: Masks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer of D independent recurrences over the same input.
 
@@ -140,7 +144,8 @@ def lstm_layer(
     Args:
         x: [T, B, I].
         weights: for each recurrence ``[w_ih [4H, I], w_hh [4H, P], b_ih [4H], b_hh [4H], w_hr [P,
-            H]]``, without the biases or the projection where there are none.
+            H]]``, without the biases or the projection where there are none. Where w_ih is None,
+            x is [T, B, D*4H], what it and the biases would bring.
         h0: [D, B, P], or None for zeros.
         c0: [D, B, H], or None for zeros; in x's dtype or the compute dtype.
         lengths: [B] int64. Row b stops after ``lengths[b]`` steps: outputs past them are 0, the
@@ -155,24 +160,37 @@ def lstm_layer(
         training: draw the random masks; otherwise dropout is off and zoneout takes its expectation.
         truncate: no gradient of the state passes between t-1 and t where t is a multiple of it, in
             either direction of time; the state itself does.
+        masks: what ``training`` would draw, drawn before, and w_hh have been through
+            ``weight_dropout``.
 
     Returns:
         y [T, B, D*P] and h_n [D, B, P] in x's dtype; c_n [D, B, H] in c0's, or x's without c0;
         cells [T, B, D, H] in the compute dtype (float32 for 16-bit x), 0 past a row's length.
     """
-    dtype = x.dtype
+    dtype = weights[0][1].dtype
     compute = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    T = x.shape[0]
+    T, B, _ = x.shape
+    D, P = len(weights), weights[0][1].shape[1]
+    if training and masks is None:
+        weights = drop_weights(cell, weights)
+        masks = draw_masks(cell, x.new_empty(0, dtype=compute), D, B, P)
     valid = None
     if lengths is not None:
         valid = torch.arange(T, device=x.device)[:, None] < lengths.clamp(0, T)
         # What stands past a row's length, NaN included, stays out of every product.
         x = torch.where(valid[:, :, None], x, 0)
     with without_autocast(x.device.type):
+        keeps = [_zoneout(cell, which, masks, x, weights) for which in (0, 1)]
         results = [
             _recurrence(
-                x.to(compute),
-                [w.to(compute) for w in row],
+                input_gates(
+                    x if row[0] is not None else x.chunk(D, -1)[d],
+                    row,
+                    None if layer_norm is None else layer_norm[d][0],
+                    compute,
+                ),
+                row[1].to(compute),
+                row[-1].to(compute) if len(row) in (3, 5) else None,
                 None if h0 is None else h0[d].to(compute),
                 None if c0 is None else c0[d].to(compute),
                 valid,
@@ -180,8 +198,9 @@ def lstm_layer(
                 bool(reversed >> d & 1),
                 cell,
                 None if peephole is None else [w.to(compute) for w in peephole[d]],
-                None if layer_norm is None else [w.to(compute) for w in layer_norm[d]],
-                training,
+                None if layer_norm is None else [w.to(compute) for w in layer_norm[d][1:]],
+                None if masks is None or masks.h_scale is None else masks.h_scale[d],
+                [None if keep is None else keep[:, :, d].to(compute) for keep in keeps],
                 truncate,
             )
             for d, row in enumerate(weights)
@@ -195,9 +214,25 @@ def lstm_layer(
     )
 
 
+def input_gates(
+    x: Tensor, row: Sequence[Tensor], gain: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The part of the pre-activations that the input and the biases bring, [T, B, 4H].
+
+    Without w_ih (None), x is that.
+    """
+    if row[0] is None:
+        return x
+    gates_x = F.linear(x.to(dtype), row[0].to(dtype))
+    if gain is not None:
+        gates_x = F.layer_norm(gates_x, gates_x.shape[-1:], gain.to(dtype), None, NORM_EPS)
+    return gates_x if len(row) < 4 else gates_x + (row[2].to(dtype) + row[3].to(dtype))
+
+
 def _recurrence(
-    x: Tensor,
-    row: Sequence[Tensor],
+    gates_x: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
     h: Tensor | None,
     c: Tensor | None,
     valid: Tensor | None,
@@ -206,34 +241,19 @@ def _recurrence(
     cell: Cell,
     peephole: Sequence[Tensor] | None,
     layer_norm: Sequence[Tensor] | None,
-    training: bool,
+    h_scale: Tensor | None,
+    keeps: Sequence[Tensor | None],
     truncate: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One recurrence of ``lstm_layer``: y [T, B, P], h_n [B, P], c_n [B, H], cells [T, B, H]."""
-    T, B, _ = x.shape
-    w_ih, w_hh = row[0], row[1]
-    bias = row[2] + row[3] if len(row) >= 4 else None
-    w_hr = row[-1] if len(row) in (3, 5) else None
+    T, B, _ = gates_x.shape
     H, P = w_hh.shape[0] // 4, w_hh.shape[1]
-    h = x.new_zeros(B, P) if h is None else h
-    c = x.new_zeros(B, H) if c is None else c
+    h = gates_x.new_zeros(B, P) if h is None else h
+    c = gates_x.new_zeros(B, H) if c is None else c
+    keep_h, keep_c = keeps
 
-    gates_x = F.linear(x, w_ih)
-    if layer_norm is not None:
-        gates_x = F.layer_norm(gates_x, (4 * H,), layer_norm[0], None, NORM_EPS)
-    if bias is not None:
-        gates_x = gates_x + bias
-
-    w_hh = F.dropout(w_hh, cell.weight_dropout, training and cell.weight_dropout > 0)
-    h_mask = None
-    if training and cell.recurrent_dropout > 0:
-        h_mask = F.dropout(x.new_ones(B, P), cell.recurrent_dropout)
-    keep_h, keep_c = (
-        _zoneout(p, (T, B, n), x, training) for p, n in zip(cell.zoneout, (P, H), strict=True)
-    )
-
-    ys: list[Tensor] = [x.new_zeros(B, P)] * T
-    cells: list[Tensor] = [x.new_zeros(B, H)] * T
+    ys: list[Tensor] = [gates_x.new_zeros(B, P)] * T
+    cells: list[Tensor] = [gates_x.new_zeros(B, H)] * T
     gates_x_t = gates_x.unbind(0)
     for t in range(T - 1, -1, -1) if backwards else range(T):
         # The boundary that a step crosses is reset[t] forwards in time; backwards it is reset[t +
@@ -248,9 +268,9 @@ def _recurrence(
         if truncate is not None and after % truncate == 0 and 0 < after < T:
             rows = None if valid is None else valid[after]
             h_prev, c_prev = _without_gradient(h_prev, rows), _without_gradient(c_prev, rows)
-        gates_h = F.linear(h_prev if h_mask is None else h_prev * h_mask, w_hh)
+        gates_h = F.linear(h_prev if h_scale is None else h_prev * h_scale, w_hh)
         if layer_norm is not None:
-            gates_h = F.layer_norm(gates_h, (4 * H,), layer_norm[1], None, NORM_EPS)
+            gates_h = F.layer_norm(gates_h, (4 * H,), layer_norm[0], None, NORM_EPS)
         h_t, c_t = _step(gates_x_t[t] + gates_h, c_prev, w_hr, cell, peephole, layer_norm)
         if keep_h is not None:
             h_t = keep_h[t] * h_prev + (1 - keep_h[t]) * h_t
@@ -296,17 +316,29 @@ def _step(
         z_o = z_o + peephole[2] * c
     shown = c
     if layer_norm is not None:
-        shift = layer_norm[3] if len(layer_norm) == 4 else None
-        shown = F.layer_norm(c, c.shape[-1:], layer_norm[2], shift, NORM_EPS)
+        shift = layer_norm[2] if len(layer_norm) == 3 else None
+        shown = F.layer_norm(c, c.shape[-1:], layer_norm[1], shift, NORM_EPS)
     h = gate(z_o) * ACTIVATIONS[cell.output_activation or cell.activation](shown)
     return (h if w_hr is None else F.linear(h, w_hr)), c
 
 
-def _zoneout(p: float, shape: tuple[int, int, int], like: Tensor, training: bool) -> Tensor | None:
-    """How much of the previous state to keep: 0 or 1 in training, else the mean."""
-    if p == 0:
+def _zoneout(
+    cell: Cell,
+    which: int,
+    masks: Masks | None,
+    x: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+) -> Tensor | None:
+    """How much of the previous h (0) or c (1) to keep, [T, B, D, n]: 0 or 1, or the mean."""
+    probability = cell.zoneout[which]
+    if probability == 0:
         return None
-    return torch.bernoulli(like.new_full(shape, p)) if training else like.new_full(shape, p)
+    T, B, _ = x.shape
+    G, P = weights[0][1].shape
+    shape = (T, B, len(weights), (P, G // 4)[which])
+    if masks is None or masks.seed is None:
+        return x.new_full(shape, probability)
+    return zoneout_choices(masks.seed, which, shape, probability)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from . import ops, reference, segment_ops
 from .layer import (
-    _by_kind,
-    _flat_gradients,
-    _requires_grad,
-    _transformed,
     _TransformedLayer,
+    by_kind,
+    flat_gradients,
     fused_layer,
+    is_transformed,
+    requires_grad,
     tf32_allowed,
 )
 from .packed import PackedWeights
@@ -79,9 +79,9 @@ def segmented_layer(
     """
     D = len(weights)
     flat = [w for column in zip(*weights, strict=True) for w in column]
-    transformed = _transformed(x, flat, h0, c0)
+    transformed = is_transformed(x, flat, h0, c0)
     recorded = torch.is_grad_enabled()
-    if not transformed and not (recorded and _requires_grad(x, flat, h0, c0)):
+    if not transformed and not (recorded and requires_grad(x, flat, h0, c0)):
         return fused_layer(x, weights, h0, c0, lengths, reset, reversed, cells, packed)
     if c0 is not None and c0 is h0:
         c0 = c0.view_as(c0)  # torch.compile refuses the same tensor twice
@@ -115,7 +115,7 @@ class _TransformedSegments(torch.autograd.Function):
         truncate: int | None,
         *flat: Tensor,
     ) -> tuple[Tensor, ...]:
-        inputs = (x, *_by_kind(flat, D), h0, c0, lengths, reset, reversed)
+        inputs = (x, *by_kind(flat, D), h0, c0, lengths, reset, reversed)
         if checkpoint is None:
             return ops.layer_forward(*inputs, True, cells, allow_tf32)
         return segment_ops.forward(*inputs, checkpoint, cells, allow_tf32)
@@ -144,7 +144,7 @@ class _TransformedSegments(torch.autograd.Function):
             needs = (needs_x, needs_h0, needs_c0, *needs_flat)
             grads = _differentiable_backward(ctx, (x, h0, c0, *flat), needs, (dy, dh_n, dc_n, dc))
             return (*grads[:3], *no_grads, *grads[3:])
-        w_ih, w_hh, bias, w_hr = _by_kind(flat, ctx.D)
+        w_ih, w_hh, bias, w_hr = by_kind(flat, ctx.D)
         dx, dh0, dc0, *dw = segment_ops.backward(
             dy, dh_n, dc_n, dc, x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, ctx.reversed,
             kept, recompute, ctx.checkpoint or ctx.truncate, ctx.truncate or 0, needs_x,
@@ -155,7 +155,7 @@ class _TransformedSegments(torch.autograd.Function):
             dh0 if needs_h0 else None,
             dc0.to(c0.dtype) if needs_c0 else None,
             *no_grads,
-            *_flat_gradients(dw, ctx.D, len(flat), any(needs_flat)),
+            *flat_gradients(dw, ctx.D, len(flat), any(needs_flat)),
         )
 
     @staticmethod
@@ -168,9 +168,9 @@ class _TransformedSegments(torch.autograd.Function):
                 x, h0, c0, lengths, reset, ctx.reversed, True, ctx.D, ctx.allow_tf32, ctx.recorded,
                 True, *flat,
             )  # fmt: skip
-            w_ih, w_hh, _, w_hr = _by_kind(flat, ctx.D)
+            w_ih, w_hh, _, w_hr = by_kind(flat, ctx.D)
             run = Run(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates, c)
-            dy, dh_n, dc_n, _, dc = run.tangents(dx, dh0, dc0, *_by_kind(dflat, ctx.D))
+            dy, dh_n, dc_n, _, dc = run.tangents(dx, dh0, dc0, *by_kind(dflat, ctx.D))
         return dy, dh_n, dc_n, dc if ctx.cells else None, None, None
 
     @staticmethod

@@ -5,17 +5,19 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 from lstm_cuda import CudaDevice, FusedLSTM, explain, force_kernel
-from lstm_cuda.functional import warn_reference
 
 
 def test_reference_and_why() -> None:
     x = torch.randn(5, 2, 3)
     assert explain(FusedLSTM(3, 4, backend="torch"), x).startswith("reference: backend=")
-    warn_reference.cache_clear()
-    with pytest.warns(UserWarning, match="coupled, peephole"):
-        lstm = FusedLSTM(3, 4, coupled=True, peephole=True)
+    lstm = FusedLSTM(3, 4, coupled=True, peephole=True)
+    assert "a cell with coupled, peephole" in explain(lstm, x)
+    lstm.truncate = 2
     text = explain(lstm, x)
     assert text.startswith("reference") and "coupled, peephole" in text
+    lstm.truncate = None
+    text = explain(lstm, x, CudaDevice(90, 132, 232448))
+    assert text.startswith("reference") and "coupled, peephole on CUDA" in text
 
 
 def test_each_layer_of_the_fused_op() -> None:

@@ -1,0 +1,218 @@
+"""The registered ops for other cells than ``torch.nn.LSTM``'s; on CPUs alone so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .masks import Masks
+from .reference import ACTIVATIONS, Cell
+
+_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}  # enum Activation's order
+
+
+def _options(cell: Cell) -> tuple[int, int, int, int, float, float, float]:
+    """The options as the ops take them (csrc/recurrence.h, CellOptions)."""
+    forget = 1 if not cell.forget_gate else 2 if cell.coupled else 0
+    return (
+        forget,
+        _NUMBERS[cell.recurrent_activation],
+        _NUMBERS[cell.activation],
+        _NUMBERS[cell.output_activation or cell.activation],
+        0.0 if cell.cell_clip is None else float(cell.cell_clip),
+        float(cell.zoneout[0]),
+        float(cell.zoneout[1]),
+    )
+
+
+def available(device_type: str) -> bool:
+    """Whether the ops run on devices of this type."""
+    return device_type in ("cpu", "meta") and ops.load_error is None
+
+
+def variant_forward(
+    x: Tensor,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    w_hr: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reversed: int,
+    save: bool,
+    cells: bool,
+    cell: Cell,
+    peephole: Tensor | None,
+    norm: Tensor | None,
+    masks: Masks,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``ops.layer_forward`` for another cell; the meaning is ``reference.lstm_layer``'s.
+
+    Args:
+        x: as there; without w_ih, gates_x [T, B, D*4H] in ``ops.compute_dtype``.
+        w_ih: D tensors [4H, I], or none; without them there is no bias either.
+        w_hh ... cells: as there.
+        cell: its options, but for ``weight_dropout``.
+        peephole: [D, 3, H] (w_ci, w_cf, w_co) or None.
+        norm: [D, 6, H] or None: gains of w_hh h in blocks i, f, g, o, gain of c, shift of c. Needs
+            a call without w_ih.
+        masks: h_scale and, where zoneout's choices are drawn, their seed.
+            This and the two before are in ``ops.compute_dtype``.
+
+    Returns:
+        As there, then normed [T, B, D, 4H] and rstd [T, B, D], both [0] unless ``norm`` and
+        ``save``.
+    """
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = ops.outside_autocast(
+        _forward, x.device.type,
+        x, w_ih or None, w_hh, bias or None, w_hr or None, h0, c0, lengths, reset, reversed, save,
+        cells, False, *_options(cell), peephole, norm, masks.h_scale, masks.seed,
+    )  # fmt: skip
+    return result
+
+
+def variant_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reversed: int,
+    y: Tensor,
+    gates: Tensor,
+    c: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+    cell: Cell,
+    peephole: Tensor | None,
+    norm: Tensor | None,
+    masks: Masks,
+    normed: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, ...]:
+    """The gradients of ``variant_forward``; arguments as there and for ``ops.layer_backward``.
+
+    Returns:
+        As ``ops.layer_backward`` (dw_ih is [0] without w_ih), then those of ``peephole`` and of
+        ``norm``, [0] without them or unless ``need_dw``.
+    """
+    result: tuple[Tensor, ...] = ops.outside_autocast(
+        _backward, x.device.type,
+        dy, dh_n, dc_n, dc, x, w_ih or None, w_hh, w_hr or None, h0, c0, lengths, reset, reversed,
+        y, gates, c, need_dx, need_dw, False, *_options(cell), peephole, norm, masks.h_scale,
+        masks.seed, normed, rstd,
+    )  # fmt: skip
+    return result
+
+
+def _forward_fake(
+    x: Tensor,
+    w_ih: Sequence[Tensor] | None,
+    w_hh: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    w_hr: Sequence[Tensor] | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reversed: int,
+    save: bool,
+    cells: bool,
+    allow_tf32: bool,
+    forget: int,
+    recurrent_activation: int,
+    activation: int,
+    output_activation: int,
+    cell_clip: float,
+    zoneout_h: float,
+    zoneout_c: float,
+    peephole: Tensor | None,
+    norm: Tensor | None,
+    h_scale: Tensor | None,
+    seed: Tensor | None,
+    before: int = 0,
+    after: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T, B, _ = x.shape
+    D, dtype = len(w_hh), w_hh[0].dtype
+    H, P = w_hh[0].shape[0] // 4, w_hh[0].shape[1]
+    compute = ops.compute_dtype(dtype)
+    kept = save and norm is not None
+    return (
+        x.new_empty(T, B, D * P, dtype=dtype),
+        x.new_empty(D, B, P, dtype=dtype),
+        x.new_empty(D, B, H, dtype=dtype if c0 is None else c0.dtype),
+        x.new_empty((T, B, D, 4 * H) if save else 0, dtype=compute),
+        x.new_empty((T, B, D, H) if save or cells else 0, dtype=compute),
+        x.new_empty((T, B, D, 4 * H) if kept else 0, dtype=compute),
+        x.new_empty((T, B, D) if kept else 0, dtype=compute),
+    )
+
+
+def _backward_fake(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    w_ih: Sequence[Tensor] | None,
+    w_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor] | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reversed: int,
+    y: Tensor,
+    gates: Tensor,
+    c: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+    allow_tf32: bool,
+    forget: int,
+    recurrent_activation: int,
+    activation: int,
+    output_activation: int,
+    cell_clip: float,
+    zoneout_h: float,
+    zoneout_c: float,
+    peephole: Tensor | None,
+    norm: Tensor | None,
+    h_scale: Tensor | None,
+    seed: Tensor | None,
+    normed: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, ...]:
+    B, D = x.shape[1], len(w_hh)
+    H, P = w_hh[0].shape[0] // 4, w_hh[0].shape[1]
+    w = w_hh[0]
+    return (
+        x.new_empty(x.shape if need_dx else 0),
+        w.new_empty((D, B, P) if h0 is not None else 0),
+        w.new_empty(0) if c0 is None else c0.new_empty(D, B, H),
+        w.new_empty((D, *w_ih[0].shape) if need_dw and w_ih else 0),
+        w.new_empty((D, 4 * H, P) if need_dw else 0),
+        w.new_empty((D, 4 * H) if need_dw else 0),
+        w.new_empty((D, P, H) if need_dw and w_hr else 0),
+        c.new_empty((D, 3, H) if need_dw and peephole is not None else 0),
+        c.new_empty((D, 6, H) if need_dw and norm is not None else 0),
+    )
+
+
+if ops.load_error is None:
+    _forward = torch.ops.lstm_cuda.variant_forward.default
+    _backward = torch.ops.lstm_cuda.variant_backward.default
+    torch.library.register_fake("lstm_cuda::variant_forward", _forward_fake)
+    torch.library.register_fake("lstm_cuda::variant_backward", _backward_fake)
