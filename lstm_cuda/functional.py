@@ -268,13 +268,12 @@ def check_backend(backend: str) -> None:
 
 
 def check_checkpoint(backend: str, extras: tuple[str, ...]) -> None:
-    """Raise ValueError for what keeps all steps."""
+    """Raise ValueError where all steps would be kept."""
     if backend == "torch" or extras:
-        reason = 'backend="torch"' if backend == "torch" else ", ".join(extras)
-        raise ValueError(
-            f"checkpoint is for the plain cell in the fused op, and not there with {reason}; put "
-            "torch.utils.checkpoint around the call"
-        )
+        reason = f"with {', '.join(extras)} is not there yet"
+        if backend == "torch":
+            reason = 'is for the fused op, and backend="torch" runs on the reference'
+        raise ValueError(f"checkpoint {reason}; put torch.utils.checkpoint around the call")
 
 
 def _choose_fused(
