@@ -98,7 +98,11 @@ def batched(
         The results, and the batch dimension of each.
     """
     if size == 0:  # as one member of zeros, of which nothing is taken
-        one = _with_members(given, dims, lambda t, dim: torch.zeros_like(t.sum(dim, keepdim=True)))
+
+        def zeros(t: Tensor, dim: int) -> Tensor:
+            return torch.zeros_like(t.sum(dim, keepdim=True), dtype=t.dtype)  # sums widen bool
+
+        one = _with_members(given, dims, zeros)
         results, out_dims = batched(call, 1, one, dims, places, result_places, own_inputs)
         none = (
             t if dim is None else t.narrow(dim, 0, 0)

@@ -430,6 +430,20 @@ def test_no_members(shared: bool, device: str) -> None:
     assert output.shape == (0, T, B, 4) and h_n.shape == (0, 4, B, 2)
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["shared-weights", "own-weights"])
+@pytest.mark.parametrize("own", ["lengths", "reset"])
+def test_no_members_with_lengths_or_resets_of_their_own(
+    own: str, shared: bool, device: str
+) -> None:
+    fused, _, weights, _ = own_inputs_and_weights(device)
+    weights = {k: w[0] if shared else w[:0] for k, w in weights.items()}
+    given = {k: t[0] for k, t in inputs(fused, device).items()}
+    given[own] = inputs(fused, device)[own][:0]
+    dims = (None if shared else 0, {k: 0 if k == own else None for k in given})
+    output, h_n, *_ = vmap(lambda p, g: call(fused, p, g), dims)(weights, given)
+    assert output.shape == (0, T, B, 4) and h_n.shape == (0, 4, B, 2)
+
+
 def test_the_example_in_readme() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     section = readme.split("## Ensembles and per-sample gradients\n```python\n")[1]
