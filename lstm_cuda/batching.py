@@ -76,6 +76,11 @@ def fold(t: W, dim: Dim, size: int, into: int) -> W:
     return t.movedim(dim, into).flatten(into, into + 1)
 
 
+def as_int64(bits: int) -> int:
+    """Up to 64 bits as the ops take them."""
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
 def batched(
     call: Call,
     size: int,
@@ -156,7 +161,7 @@ def _as_recurrences(
     # All may read one input, but several inputs would be read by the wrong ones.
     if own_inputs or dims.x is not None or x.shape[2] != of_members[0][0].shape[-1]:
         x = fold(x, dims.x, size, 2)
-    bits = sum(reversed << D * k for k in range(size))
+    mine = reversed & (1 << D) - 1
     kinds = [of_members[k : k + D] for k in range(0, len(weights), D)]
     results = call(
         Arguments(
@@ -164,7 +169,7 @@ def _as_recurrences(
             _fold_each(others, dims.others, size, [place.recurrence for place in places]),
             [w for kind in kinds for member in zip(*kind, strict=True) for w in member],
             size * D,
-            bits - (1 << 64 if bits >> 63 else 0),  # as an int64 holds them
+            as_int64(sum(mine << D * k for k in range(size))),
         )
     )
     return _unfold(results, size, [place.recurrence for place in result_places])

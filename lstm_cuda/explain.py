@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .functional import autocast_dtype
+from .heads import check_recurrences
 from .layer import tf32_allowed
 from .module import FusedLSTM
 
@@ -37,9 +38,11 @@ def explain(
         return f"reference (plain torch): the fused op has no {named} on CUDA yet"
     if options and module.truncate is not None:
         return f"reference (plain torch): the fused op has no truncate with {named}"
+    D = 2 if module.bidirectional else 1
     try:
         ops.require(kind if device is None else "cpu")
-    except RuntimeError as error:
+        check_recurrences(module.heads, D)
+    except (RuntimeError, ValueError) as error:
         return f"error: {error}"
 
     if isinstance(x, PackedSequence):
@@ -48,9 +51,9 @@ def explain(
         T, B = x.shape[0], 1
     else:
         T, B = (x.shape[1], x.shape[0]) if module.batch_first else (x.shape[0], x.shape[1])
-    D = 2 if module.bidirectional else 1
     H = module.hidden_size
     P = module.proj_size or H
+    n = module.heads
     dtype = autocast_dtype(kind) or data.dtype
     training = torch.is_grad_enabled() and (
         data.requires_grad or any(p.requires_grad for p in module.parameters())
@@ -69,10 +72,11 @@ def explain(
     for layer in range(module.num_layers):
         features = module.input_size if layer == 0 else D * P
         line = f"layer {layer}: {D} x LSTM {features} -> {H}" + (f" -> {P}" if P != H else "")
+        line += f", {n} heads of {H // n}" if n > 1 else ""
         for backward in (False, True)[: 1 + training] if kind in ("cpu", "cuda") else ():
-            sizes = (T, B, D, features, H, P, dtype, backward)
+            sizes = (T, B, D * n, features, H // n, P // n, dtype, backward)
             if training and steps is not None:
-                sizes = (min(T, steps), B, 1, features, H, P, dtype, backward)
+                sizes = (min(T, steps), B, 1, features, H // n, P // n, dtype, backward)
             if kind == "cpu":
                 plan = ops.plan_cpu(*sizes)
             else:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import heads as blocks
 from . import ops, reference, variant_ops
 from .layer import fused_layer
 from .packed import PackedWeights
@@ -52,6 +53,7 @@ def fused_lstm(
     truncate: int | None = None,
     packed: Sequence[PackedWeights] | None = None,
     wide_c: bool = False,
+    heads: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """A stack of L LSTM layers with D directions, as a function of its weights.
 
@@ -109,6 +111,10 @@ def fused_lstm(
             ``FusedLSTM.freeze`` makes them.
         wide_c: under autocast, take c_0 and give c_n in float32, so that nothing of c is lost
             between calls.
+        heads: n blocks of H/n units, each of which sees only its own h: a block-diagonal
+            recurrence. ``w_hh`` is [4H, P/n] and ``w_hr`` [P, H/n], of whose rows those of head k,
+            the k-th of n parts of each gate or of P, meet the h and the units of head k. All else
+            keeps its shape; ``layer_norm`` normalises each head by itself.
 
     Returns:
         output [T, B, D*P] ([B, T, D*P] with ``batch_first``), (h_n [L*D, B, P], c_n [L*D, B, H])
@@ -138,7 +144,7 @@ def fused_lstm(
         if layer_norm is not None:
             layer_norm = [[_cast(w, dtype) for w in row] for row in layer_norm]
     B, T = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
-    H, P = _check_weights(x, weights, D)
+    H, P = _check_weights(x, weights, D, heads)
     L = len(weights) // D
     if bidirectional and reverse:
         raise ValueError("reverse=True is for one direction; bidirectional=True has both")
@@ -169,11 +175,20 @@ def fused_lstm(
     if batch_first:
         x = x.transpose(0, 1)
     reversed = 2 if bidirectional else int(reverse)
+    kept = packed if dtype is None else None
+    if heads > 1:  # each is a recurrence, and so are all directions of it
+        if fused:
+            blocks.check_recurrences(heads, D)
+        weights = blocks.split_rows(weights, heads, H)
+        peephole = None if peephole is None else blocks.split_rows(peephole, heads, H)
+        layer_norm = None if layer_norm is None else blocks.split_rows(layer_norm, heads, H)
+        h0, c0 = blocks.split_states(h0, heads), blocks.split_states(c0, heads)
+        reversed = blocks.split_directions(reversed, D, heads)
+        D *= heads
+        kept = None  # these weights are made anew in each call
 
     def between(y: Tensor) -> Tensor:
         return F.dropout(y, dropout) if training and dropout > 0 else y
-
-    kept = packed if dtype is None else None
 
     def own(k: int) -> tuple[_Rows, _Rows]:
         mine = slice(k * D, k * D + D)
@@ -215,6 +230,8 @@ def fused_lstm(
     )
     output = x.transpose(0, 1) if batch_first else x
     state = (h_n[0], c_n[0]) if L == 1 else (torch.cat(h_n), torch.cat(c_n))
+    if heads > 1:
+        state = (blocks.merge_states(state[0], heads), blocks.merge_states(state[1], heads))
     if not return_cells:
         return output, state
     cells = cells.flatten(2).to(x.dtype)
@@ -316,7 +333,9 @@ def _bad_input(x: object, batch_first: bool) -> Exception:
     return ValueError(f"input must be {layout}, 3-D; got {x.dim()}-D, {list(x.shape)}")
 
 
-def _check_weights(x: Tensor, weights: Sequence[Sequence[Tensor]], D: int) -> tuple[int, int]:
+def _check_weights(
+    x: Tensor, weights: Sequence[Sequence[Tensor]], D: int, heads: int
+) -> tuple[int, int]:
     """H and P, once every weight fits x and the others."""
     if len(weights) == 0 or len(weights) % D != 0:
         raise ValueError(
@@ -336,8 +355,10 @@ def _check_weights(x: Tensor, weights: Sequence[Sequence[Tensor]], D: int) -> tu
         raise ValueError(
             f"weights[0][1] (w_hh) must be [4 * hidden_size, output_size]; got {list(w_hh.shape)}"
         )
-    G, P = w_hh.shape
+    G, p = w_hh.shape
     H = G // 4
+    blocks.check_heads(heads, H)
+    h, P = H // heads, p * heads
     features = x.shape[2]
     if weights[0][0].dim() == 2 and weights[0][0].shape[1] != features:
         raise RuntimeError(
@@ -345,13 +366,13 @@ def _check_weights(x: Tensor, weights: Sequence[Sequence[Tensor]], D: int) -> tu
             f"Expected {weights[0][0].shape[1]}, got {features}"
         )
     bias = ((G,), (G,)) if per >= 4 else ()
-    projection = ((P, H),) if per in (3, 5) else ()
+    projection = ((P, h),) if per in (3, 5) else ()
     if not projection and P != H:
         raise ValueError(
-            f"weights[0][1] (w_hh) must be [{G}, {H}] without a projection w_hr; got {[G, P]}"
+            f"weights[0][1] (w_hh) must be [{G}, {h}] without a projection w_hr; got {[G, p]}"
         )
     for k, row in enumerate(weights):
-        shapes = ((G, features if k < D else D * P), (G, P), *bias, *projection)
+        shapes = ((G, features if k < D else D * P), (G, p), *bias, *projection)
         if len(row) != per:
             raise ValueError(f"weights[{k}] must have {per} tensors, as weights[0]; got {len(row)}")
         for j, w in enumerate(row):

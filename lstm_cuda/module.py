@@ -17,6 +17,7 @@ from .functional import (
     fused_lstm,
     native_dtype,
 )
+from .heads import check_heads, dense
 from .packed import PackedWeights
 from .reference import Cell, check_probability
 from .segments import check_segments
@@ -64,6 +65,10 @@ class FusedLSTM(nn.RNNBase):
             gates of all steps, and compute them again; see ``fused_lstm``.
         truncate: no gradient of the state passes between t-1 and t where t is a multiple of k; see
             ``fused_lstm``.
+        heads: n blocks of H/n units, each of which sees only its own h: a block-diagonal
+            recurrence. ``weight_hh_l0`` is [4H, P/n] and ``weight_hr_l0`` [P, H/n], in the state
+            dict, too; of their rows those of head k, the k-th of n parts of each gate or of P, meet
+            the h and the units of head k. n divides H and ``proj_size``.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or two exclude each
@@ -73,6 +78,7 @@ class FusedLSTM(nn.RNNBase):
     _packed: list[PackedWeights] | None = None  # see freeze()
     checkpoint: int | None = None  # here, too, for modules pickled before there was one
     truncate: int | None = None
+    heads: int = 1
 
     def __init__(
         self,
@@ -103,6 +109,7 @@ class FusedLSTM(nn.RNNBase):
         backend: str = "auto",
         checkpoint: int | None = None,
         truncate: int | None = None,
+        heads: int = 1,
     ) -> None:
         for name, size in {"num_layers": num_layers, "proj_size": proj_size}.items():
             if not isinstance(size, int):
@@ -135,6 +142,12 @@ class FusedLSTM(nn.RNNBase):
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             proj_size, device, dtype,
         )  # fmt: skip
+        check_heads(heads, hidden_size, proj_size)
+        self.heads = heads
+        for name in self._flat_weights_names if heads > 1 else ():
+            if name.startswith(("weight_hh", "weight_hr")):
+                w = getattr(self, name).detach().chunk(heads, 1)[0]
+                setattr(self, name, nn.Parameter(w.clone(memory_format=torch.contiguous_format)))
         self.reverse = reverse
         self.forget_bias = forget_bias
         self.backend = backend
@@ -203,7 +216,7 @@ class FusedLSTM(nn.RNNBase):
         another copy of ``weight_hh`` (with a projection, of ``weight_hh @ weight_hr``). Calls with
         gradients, under autocast and captured in a CUDA graph do not use it. A change of the
         weights is noticed, except to inference tensors (made under ``torch.inference_mode``) and
-        through ``.data``. ``train()`` ends it.
+        through ``.data``. ``train()`` ends it. With ``heads``, there is nothing to keep.
 
         Returns:
             The module.
@@ -293,6 +306,7 @@ class FusedLSTM(nn.RNNBase):
             truncate=self.truncate,
             packed=self._packed,
             wide_c=dtype is torch.float32,
+            heads=self.heads,
         )
         if dtype is None:
             return result
@@ -387,6 +401,8 @@ class FusedLSTM(nn.RNNBase):
             options["reverse"] = True
         if self.forget_bias is not None:
             options["forget_bias"] = self.forget_bias
+        if self.heads > 1:
+            options["heads"] = self.heads
         if self.backend != "auto":
             options["backend"] = self.backend
         for name in ("checkpoint", "truncate"):
@@ -407,10 +423,16 @@ class FusedLSTM(nn.RNNBase):
 
         Raises:
             TypeError: not an ``nn.LSTM``.
-            ValueError: a parameter is computed (parametrized, weight norm).
+            ValueError: a parameter is computed (parametrized, weight norm); or ``heads`` is given,
+                as the recurrence of an ``nn.LSTM`` is not in blocks.
         """
         if not isinstance(lstm, nn.LSTM):
             raise TypeError(f"lstm must be a torch.nn.LSTM; got {type(lstm).__name__}")
+        if options.get("heads", 1) != 1:
+            raise ValueError(
+                "heads must be 1 for the parameters of an nn.LSTM, whose weight_hh is one dense "
+                f"block; got {options['heads']}"
+            )
         fused = rebuild(lstm, cls, copy, **options)
         like = lstm.all_weights[0][0]
         for name in (
@@ -423,12 +445,26 @@ class FusedLSTM(nn.RNNBase):
     def to_torch(self, *, copy: bool = False) -> nn.LSTM:
         """The ``torch.nn.LSTM`` that computes the same; ``copy`` as for ``from_torch``.
 
+        With ``heads``, a copy alone: its recurrent weights are block-diagonal matrices, whose zeros
+        training does not keep.
+
         Raises:
             ValueError: an option is set that ``torch.nn.LSTM`` does not have, or a parameter is
-                computed.
+                computed; or ``heads`` without ``copy``.
         """
         options = self._extras() + (("reverse",) if self.reverse else ())
         options += () if self.truncate is None else ("truncate",)
         if options:
             raise ValueError(f"torch.nn.LSTM has no {', '.join(options)}")
-        return rebuild(self, nn.LSTM, copy)
+        if self.heads > 1 and not copy:
+            raise ValueError(
+                "copy must be True with heads, whose weight_hh torch.nn.LSTM cannot share; "
+                f"got {copy}"
+            )
+        lstm = rebuild(self, nn.LSTM, copy)
+        for name in self._flat_weights_names if self.heads > 1 else ():
+            if name.startswith(("weight_hh", "weight_hr")):
+                w = getattr(self, name)
+                matrix = dense(w.detach(), self.heads, self.hidden_size)
+                setattr(lstm, name, nn.Parameter(matrix, w.requires_grad))
+        return lstm

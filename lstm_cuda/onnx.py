@@ -143,14 +143,15 @@ def _layer_forward(
     """``ops.layer_forward`` in ONNX; every input a value of the graph under construction."""
     op: Any = importlib.import_module("onnxscript").opset18  # what torch's exporter builds on
 
+    D, H = len(w_hh), w_hh[0].shape[0] // 4
     for option, used in {
+        "recurrences side by side (heads, vmap)": D > 2 or (D == 2 and reversed != 2),
         "projection (proj_size)": w_hr,
         "resets inside a sequence (reset)": reset,
         "cell states of all steps (return_cells)": cells,
     }.items():
         if used:
             raise _Inexpressible(option)
-    D, H = len(w_hh), w_hh[0].shape[0] // 4
     # Those of the input and of h, direction by direction.
     biases = [b for d in range(D) for b in bias[d::D]] if bias else None
     y, h_n, c_n = op.LSTM(
