@@ -160,7 +160,7 @@ class _Layer(torch.autograd.Function):
             dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates,
             c, needs[4], needs_w, ctx.cell, peephole, norm, masks, normed, rstd,
         )  # fmt: skip
-        if norm is None:
+        if norm is None or not needs_w:
             dflat = flat_gradients(dw, ctx.D, len(flat), needs_w)
         else:
             dflat = [part[d] for part in (dw[1], dw[3])[: len(flat) // ctx.D] for d in range(ctx.D)]
@@ -172,7 +172,7 @@ class _Layer(torch.autograd.Function):
             dpeephole if needs[7] else None,
             dnorm if needs[8] else None,
             None, None, None, None,
-            *(dflat if needs_w else [None] * len(flat)),
+            *dflat,
         )  # fmt: skip
 
 
@@ -181,6 +181,11 @@ def _by_reference(
 ) -> tuple[Tensor | None, ...]:
     """The same gradients as functions that can be differentiated."""
     x, h0, c0, peephole, norm, lengths, reset, _, _, _, _, _, _, _, *flat = ctx.saved_tensors
+    # Views have no path between them, whichever of the tensors were made of others of them.
+    views: list[Any] = [
+        None if t is None else t.view_as(t) for t in (x, h0, c0, peephole, norm, *flat)
+    ]
+    x, h0, c0, peephole, norm, *flat = views
     w_ih, w_hh, bias, w_hr = _kinds(flat, ctx.D, norm)
     weights: Any = [
         [w_ih[d] if w_ih else None, w_hh[d], *bias[d :: ctx.D], *w_hr[d :: ctx.D]]

@@ -161,6 +161,46 @@ def test_first_and_second_derivatives(options: dict[str, Any]) -> None:
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("options", [SINGLE[0], SINGLE[5], SINGLE[9]], ids=name)
+def test_inputs_that_depend_on_each_other(options: dict[str, Any]) -> None:
+    """A gradient with a graph counts no path from one input to another: autograd follows those."""
+    fused, _ = pair(3, 4, **options)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    h = torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True)
+
+    def gradients(create_graph: bool) -> tuple[Tensor, ...]:
+        torch.manual_seed(3)
+        _, state = fused(x, (h, 2 * h))
+        y, _ = fused(x, state)
+        return torch.autograd.grad(
+            y.sin().sum(), [h, *fused.parameters()], create_graph=create_graph
+        )
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", SINGLE + PAIRS, ids=name)
+def test_one_parameter_or_the_input_alone(options: dict[str, Any]) -> None:
+    fused, reference = pair(3, 4, bidirectional=True, **options)
+    inputs = torch.randn(5, 2, 3, dtype=torch.float64)
+    for wanted in ("x", *dict(fused.named_parameters())):
+        grads = []
+        for module in (fused, reference):
+            for key, parameter in module.named_parameters():
+                parameter.requires_grad_(key == wanted)
+            x = inputs.clone().requires_grad_(wanted == "x")
+            torch.manual_seed(3)
+            leaf = {"x": x, **dict(module.named_parameters())}[wanted]
+            y = module(x)[0].sin().sum()
+            # The reference leaves out what its cell does not use.
+            (grad,) = (
+                torch.autograd.grad(y, leaf, allow_unused=True) if y.requires_grad else (None,)
+            )
+            grads.append(torch.zeros_like(leaf) if grad is None else grad)
+        torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("options", [SINGLE[5], PAIRS[2], PAIRS[5]], ids=name)
 def test_transforms_take_the_reference(options: dict[str, Any]) -> None:
     fused, reference = pair(3, 4, **options)
