@@ -46,7 +46,8 @@ def variant_layer(
     if training:
         weights = drop_weights(cell, weights)
         masks = draw_masks(cell, x.new_empty(0, dtype=dtype), D, x.shape[1], P)
-    if is_transformed(x, [w for row in weights for w in row], h0, c0):
+    parameters = (w for rows in (weights, peephole, layer_norm) for row in rows or () for w in row)
+    if is_transformed(x, tuple(parameters), h0, c0):
         return reference.lstm_layer(
             x, weights, h0, c0, lengths, reset, reversed, cell, peephole, layer_norm, training,
             masks=masks,

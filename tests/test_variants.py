@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import assert_equal, close
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lstm_cuda import FusedLSTM
 from lstm_cuda.masks import zoneout_choices
@@ -224,6 +225,22 @@ def test_transforms_take_the_reference(options: dict[str, Any]) -> None:
         torch.func.grad(lambda x: of(fused)(x).sin().sum())(x),
         torch.func.grad(lambda x: of(reference)(x).sin().sum())(x),
     )
+
+
+@pytest.mark.parametrize("options", [SINGLE[0], SINGLE[9], PAIRS[2]], ids=name)
+def test_forward_mode_by_one_parameter(options: dict[str, Any]) -> None:
+    """Whichever it is, and though no other input has a tangent."""
+    fused, reference = (m.requires_grad_(False) for m in pair(3, 4, **options))
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    for key, w in fused.named_parameters():
+        tangents = []
+        for module in (fused, reference):
+            with forward_ad.dual_level():
+                dual = {key: forward_ad.make_dual(w.detach(), torch.ones_like(w))}
+                y = torch.func.functional_call(module, dual, (x,))[0]
+                tangents.append(forward_ad.unpack_dual(y).tangent)
+        assert tangents[0] is not None, key
+        close(tangents[0], tangents[1])
 
 
 @pytest.mark.parametrize("options", [SINGLE[0], SINGLE[5], SINGLE[9], PAIRS[5]], ids=name)
