@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from . import ops
 from .batching import LENGTHS, RESET, STATES, STEPS, WEIGHTS, Arguments, Dims, batched
+from .differentiation import pulled_back
 from .products import forward_mode
 from .second_order import Run
 
@@ -85,18 +86,9 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        asked = [k for k, need in enumerate(ctx.needs_input_grad[5:]) if need]
-        found: list[Tensor | None] = [None] * len(tensors)
-        present = [k for k, grad in enumerate(grads) if grad is not None]
-
-        def some(*by: Tensor) -> tuple[Tensor, ...]:
-            results = _by_run(ctx.settings, tensors, asked, by)
-            return tuple(results[k] for k in present)
-
-        pull_back = torch.func.vjp(some, *(tensors[k] for k in asked))[1]
-        pulled = pull_back(tuple(grads[k] for k in present))
-        for k, grad in zip(asked, pulled, strict=True):
-            found[k] = grad
+        found = pulled_back(
+            lambda given: _by_run(ctx.settings, given), tensors, ctx.needs_input_grad[5:], grads
+        )
         return (None,) * 5 + tuple(found)
 
     @staticmethod
@@ -139,8 +131,8 @@ class _Gradients(torch.autograd.Function):
 def _by_run(
     settings: Sequence[Any],
     tensors: Sequence[Tensor | None],
-    which: Sequence[int],
-    by: Sequence[Tensor],
+    which: Sequence[int] = (),
+    by: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
     """The gradients as differentiable functions of ``by``, which take the places ``which``."""
     reversed, D, need_dx, need_dw = settings

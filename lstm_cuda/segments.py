@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, segment_ops
+from .differentiation import pulled_back
 from .layer import (
     _TransformedLayer,
     by_kind,
@@ -227,25 +228,13 @@ def _differentiable_backward(
     By the reference where gradients end at boundaries, which the fused layer has none of.
     """
     lengths, reset = ctx.saved_tensors[3:5]
-    wanted = [k for k, need in enumerate(needs) if need]
-    present = [k for k, grad in enumerate(grads) if grad is not None]
 
-    def layer(*differentiated: Tensor) -> tuple[Tensor, ...]:
-        given: list[Any] = list(inputs)
-        for k, t in zip(wanted, differentiated, strict=True):
-            given[k] = t
+    def layer(given: list[Any]) -> tuple[Tensor, ...]:
         x, h0, c0, *flat = given
         rows = [flat[d :: ctx.D] for d in range(ctx.D)]
         arguments = x, rows, h0, c0, lengths, reset, ctx.reversed
         if ctx.truncate is None:
-            outputs = fused_layer(*arguments, True)
-        else:
-            outputs = reference.lstm_layer(*arguments, truncate=ctx.truncate)
-        return tuple(outputs[k] for k in present)
+            return fused_layer(*arguments, True)
+        return reference.lstm_layer(*arguments, truncate=ctx.truncate)
 
-    pull_back = torch.func.vjp(layer, *(inputs[k] for k in wanted))[1]
-    found: list[Tensor | None] = [None] * len(inputs)
-    pulled = pull_back(tuple(grad for grad in grads if grad is not None))
-    for k, grad in zip(wanted, pulled, strict=True):
-        found[k] = grad
-    return found
+    return pulled_back(layer, inputs, needs, grads)

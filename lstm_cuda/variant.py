@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, variant_ops
+from .differentiation import pulled_back
 from .layer import by_kind, flat_gradients, is_transformed, requires_grad
 from .masks import Masks, draw_masks, drop_weights
 from .reference import Cell
@@ -181,35 +182,25 @@ def _by_reference(
     ctx: Any, grads: tuple[Tensor | None, ...], masks: Masks
 ) -> tuple[Tensor | None, ...]:
     """The same gradients as functions that can be differentiated."""
-    x, h0, c0, peephole, norm, lengths, reset, _, _, _, _, _, _, _, *flat = ctx.saved_tensors
-    # Views have no path between them, whichever of the tensors were made of others of them.
-    views: list[Any] = [
-        None if t is None else t.view_as(t) for t in (x, h0, c0, peephole, norm, *flat)
-    ]
-    x, h0, c0, peephole, norm, *flat = views
-    w_ih, w_hh, bias, w_hr = _kinds(flat, ctx.D, norm)
-    weights: Any = [
-        [w_ih[d] if w_ih else None, w_hh[d], *bias[d :: ctx.D], *w_hr[d :: ctx.D]]
-        for d in range(ctx.D)
-    ]
-    w_p = None if peephole is None else [w.unbind(0) for w in peephole]
-    gains: Any = None
-    if norm is not None:
-        gains = [[None, w[:4].flatten(), w[4], w[5]] for w in norm]
-    outputs = reference.lstm_layer(
-        x, weights, h0, c0, lengths, reset, ctx.reversed, ctx.cell, w_p, gains, masks=masks
+    x, h0, c0, peephole, norm, lengths, reset, h_scale, seed, _, _, _, _, _, *flat = (
+        ctx.saved_tensors
     )
-    inputs = (x, h0, c0, peephole, norm, None, None, None, None, *flat)
-    places = [k for k, need in enumerate(ctx.needs_input_grad[4:]) if need]
-    given = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
-    found = torch.autograd.grad(
-        [out for out, _ in given],
-        [inputs[k] for k in places],
-        [grad for _, grad in given],
-        create_graph=True,
-        allow_unused=True,
-    )
-    result: list[Tensor | None] = [None] * (4 + len(inputs))
-    for k, grad in zip(places, found, strict=True):
-        result[4 + k] = grad
-    return tuple(result)
+
+    def layer(given: list[Any]) -> tuple[Tensor, ...]:
+        x, h0, c0, peephole, norm, _, _, _, _, *flat = given
+        w_ih, w_hh, bias, w_hr = _kinds(flat, ctx.D, norm)
+        weights: Any = [
+            [w_ih[d] if w_ih else None, w_hh[d], *bias[d :: ctx.D], *w_hr[d :: ctx.D]]
+            for d in range(ctx.D)
+        ]
+        w_p = None if peephole is None else [w.unbind(0) for w in peephole]
+        gains: Any = None
+        if norm is not None:
+            gains = [[None, w[:4].flatten(), w[4], w[5]] for w in norm]
+        return reference.lstm_layer(
+            x, weights, h0, c0, lengths, reset, ctx.reversed, ctx.cell, w_p, gains, masks=masks
+        )
+
+    inputs = (x, h0, c0, peephole, norm, lengths, reset, h_scale, seed, *flat)
+    found = pulled_back(layer, inputs, ctx.needs_input_grad[4:], grads)
+    return (None,) * 4 + tuple(found)
