@@ -179,9 +179,9 @@ def fused_lstm(
     if heads > 1:  # each is a recurrence, and so are all directions of it
         if fused:
             blocks.check_recurrences(heads, D)
-        weights = blocks.split_rows(weights, heads, H)
-        peephole = None if peephole is None else blocks.split_rows(peephole, heads, H)
-        layer_norm = None if layer_norm is None else blocks.split_rows(layer_norm, heads, H)
+        weights = blocks.split_rows(weights, heads, len(weights[0]) // 2 * 2)  # all but w_hr
+        peephole = None if peephole is None else blocks.split_rows(peephole, heads, 0)
+        layer_norm = None if layer_norm is None else blocks.split_rows(layer_norm, heads, 2)
         h0, c0 = blocks.split_states(h0, heads), blocks.split_states(c0, heads)
         reversed = blocks.split_directions(reversed, D, heads)
         D *= heads
@@ -223,8 +223,8 @@ def fused_lstm(
         )
 
     # A wavefront has boundaries of its own.
-    whole = not fused or in_segments or extras
-    chunks = 1 if whole else wavefront_chunks(x, weights, D, reversed)
+    plain = fused and not in_segments and not extras
+    chunks = wavefront_chunks(x, weights, D, reversed) if plain else 1
     x, h_n, c_n, cells = run_stack(
         layer, x, weights, h0, c0, lengths, reset, D, return_cells, between, chunks
     )

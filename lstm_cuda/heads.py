@@ -35,16 +35,22 @@ def check_recurrences(heads: int, directions: int) -> None:
         )
 
 
-def split_rows(rows: Rows, heads: int, H: int) -> list[list[Tensor]]:
+def split_rows(rows: Rows, heads: int, of_gates: int) -> list[list[Tensor]]:
     """The rows of each head, those of the first row's heads first.
 
     Args:
-        rows: parameters of a layer and direction; their first dimension is 4H, of blocks i, f, g,
-            o, or is that of the state.
+        rows: parameters of a layer and direction.
         heads: into how many blocks the units are cut.
-        H: the number of units.
+        of_gates: how many of a row's parameters, its first ones, have the four blocks of gates for
+            their first dimension; that of the others is of the state.
     """
-    parts = [[_blocks(w, heads, H).transpose(0, 1).flatten(1, 2) for w in row] for row in rows]
+    parts = [
+        [
+            _blocks(w, heads, 4 if k < of_gates else 1).transpose(0, 1).flatten(1, 2)
+            for k, w in enumerate(row)
+        ]
+        for row in rows
+    ]
     return [list(head) for row in parts for head in zip(*row, strict=True)]
 
 
@@ -66,14 +72,14 @@ def split_directions(reversed: int, directions: int, heads: int) -> int:
     return as_int64(sum((reversed >> d & 1) * ones << d * heads for d in range(directions)))
 
 
-def dense(w: Tensor, heads: int, H: int) -> Tensor:
-    """The block-diagonal matrix of ``weight_hh`` or ``weight_hr``, as one head has it."""
-    blocks = _blocks(w, heads, H)
+def dense(w: Tensor, heads: int, gates: int) -> Tensor:
+    """The block-diagonal matrix, as one head has it, of w_hh (4 gates) or w_hr (1)."""
+    blocks = _blocks(w, heads, gates)
     matrix = w.new_zeros(*blocks.shape[:3], heads, w.shape[1])
     matrix.diagonal(0, 1, 3).copy_(blocks.movedim(1, 3))
     return matrix.flatten(3).flatten(0, 2)
 
 
-def _blocks(w: Tensor, heads: int, H: int) -> Tensor:
-    """[gates, heads, rows of one head, ...], gates being 1 where w is not one of all gates."""
-    return w.unflatten(0, (4 if w.shape[0] == 4 * H else 1, heads, -1))
+def _blocks(w: Tensor, heads: int, gates: int) -> Tensor:
+    """[gates, heads, rows of one head, ...]"""
+    return w.unflatten(0, (gates, heads, -1))

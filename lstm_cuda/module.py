@@ -465,6 +465,6 @@ class FusedLSTM(nn.RNNBase):
         for name in self._flat_weights_names if self.heads > 1 else ():
             if name.startswith(("weight_hh", "weight_hr")):
                 w = getattr(self, name)
-                matrix = dense(w.detach(), self.heads, self.hidden_size)
+                matrix = dense(w.detach(), self.heads, 4 if name.startswith("weight_hh") else 1)
                 setattr(lstm, name, nn.Parameter(matrix, w.requires_grad))
         return lstm

@@ -97,6 +97,18 @@ def test_a_dense_lstm_of_torch(options: dict[str, Any], backend: str, device: st
     agree(m, torch_lstm(m), x.transpose(0, 1) if m.batch_first else x, state(m))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_projection_as_wide_as_the_gates(backend: str) -> None:
+    """w_hr's rows are of the output, though there are 4H of them."""
+    h, P = 3, 4 * 3 * N
+    weights = [draw(P, FEATURES), draw(P, P // N), draw(P, h)]
+    named = {"weight_hh_l0": weights[1], "weight_hr_l0": weights[2]}
+    x = draw(T, B, FEATURES)
+    y = fused_lstm(x, None, [weights], heads=N, backend=backend)[0]
+    expected = fused_lstm(x, None, [[weights[0], *dense(named).values()]], backend="torch")[0]
+    close(y, expected)
+
+
 @pytest.mark.parametrize("options", [*STACKS.values(), {"reverse": True}], ids=[*STACKS, "reverse"])
 def test_lengths_resets_and_cells(options: dict[str, Any], device: str) -> None:
     m = module(device, **options)
