@@ -28,21 +28,30 @@ class Masks:
     seed: Tensor | None = None
 
 
-def draw_masks(cell: Cell, like: Tensor, D: int, B: int, P: int) -> Masks:
-    """Draw from torch's generator of ``like``'s device; ``h_scale`` gets ``like``'s dtype."""
+def draw(
+    cell: Cell, weights: Sequence[Sequence[Tensor]], B: int, dtype: torch.dtype
+) -> tuple[Sequence[Sequence[Tensor]], Masks]:
+    """The random choices of a layer in training, from torch's generator of the weights' device.
+
+    Args:
+        cell: its options.
+        weights: a row for each recurrence, w_hh [4H, P] being second.
+        B: batch.
+        dtype: of ``h_scale``.
+
+    Returns:
+        The rows with ``weight_dropout`` of w_hh; the masks.
+    """
+    w_hh = weights[0][1]
+    if cell.weight_dropout > 0:
+        weights = [[row[0], F.dropout(row[1], cell.weight_dropout), *row[2:]] for row in weights]
     h_scale = seed = None
     if cell.recurrent_dropout > 0:
-        h_scale = F.dropout(like.new_ones(D, B, P), cell.recurrent_dropout)
+        ones = w_hh.new_ones(len(weights), B, w_hh.shape[1], dtype=dtype)
+        h_scale = F.dropout(ones, cell.recurrent_dropout)
     if any(cell.zoneout):
-        seed = torch.randint(2**63 - 1, (1,), device=like.device)
-    return Masks(h_scale, seed)
-
-
-def drop_weights(cell: Cell, weights: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
-    """The rows of weights with ``weight_dropout`` of w_hh."""
-    if cell.weight_dropout == 0:
-        return weights
-    return [[row[0], F.dropout(row[1], cell.weight_dropout), *row[2:]] for row in weights]
+        seed = torch.randint(2**63 - 1, (1,), device=w_hh.device)
+    return weights, Masks(h_scale, seed)
 
 
 def zoneout_choices(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import Masks, draw_masks, drop_weights, zoneout_choices
+from .masks import Masks, draw, zoneout_choices
 
 # Keras 3 and torch define the hard sigmoid with slope 1/6, ONNX and Keras 2 with slope 1/5.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -169,16 +169,13 @@ def lstm_layer(
     """
     dtype = weights[0][1].dtype
     compute = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    T, B, _ = x.shape
-    D, P = len(weights), weights[0][1].shape[1]
+    D = len(weights)
     if training and masks is None:
-        weights = drop_weights(cell, weights)
-        masks = draw_masks(cell, x.new_empty(0, dtype=compute), D, B, P)
+        weights, masks = draw(cell, weights, x.shape[1], compute)
     valid = None
     if lengths is not None:
-        valid = torch.arange(T, device=x.device)[:, None] < lengths.clamp(0, T)
-        # What stands past a row's length, NaN included, stays out of every product.
-        x = torch.where(valid[:, :, None], x, 0)
+        valid = valid_steps(x, lengths)
+        x = without_padding(x, valid)
     with without_autocast(x.device.type):
         keeps = [_zoneout(cell, which, masks, x, weights) for which in (0, 1)]
         results = [
@@ -212,6 +209,17 @@ def lstm_layer(
         torch.stack(c_n).to(dtype if c0 is None else c0.dtype),
         torch.stack(cells, 2),
     )
+
+
+def valid_steps(x: Tensor, lengths: Tensor) -> Tensor:
+    """Which steps of x [T, B, I] are within their row's length: [T, B] bool."""
+    T = x.shape[0]
+    return torch.arange(T, device=x.device)[:, None] < lengths.clamp(0, T)
+
+
+def without_padding(x: Tensor, valid: Tensor) -> Tensor:
+    """x with zeros elsewhere: what stands there, NaN included, stays out of every product."""
+    return torch.where(valid[:, :, None], x, 0)
 
 
 def input_gates(

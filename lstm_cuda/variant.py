@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops, reference, variant_ops
 from .differentiation import pulled_back
 from .layer import by_kind, flat_gradients, is_transformed, requires_grad
-from .masks import Masks, draw_masks, drop_weights
+from .masks import Masks, draw
 from .reference import Cell
 
 
@@ -41,12 +41,11 @@ def variant_layer(
     Returns:
         As ``reference.lstm_layer``; the last is meaningless unless ``cells``.
     """
-    D, P = len(weights), weights[0][1].shape[1]
+    D = len(weights)
     dtype = ops.compute_dtype(x.dtype)
     masks = Masks()
     if training:
-        weights = drop_weights(cell, weights)
-        masks = draw_masks(cell, x.new_empty(0, dtype=dtype), D, x.shape[1], P)
+        weights, masks = draw(cell, weights, x.shape[1], dtype)
     parameters = (w for rows in (weights, peephole, layer_norm) for row in rows or () for w in row)
     if is_transformed(x, tuple(parameters), h0, c0):
         return reference.lstm_layer(
@@ -60,9 +59,7 @@ def variant_layer(
     if layer_norm is not None:
         norm = torch.stack([_norm(row[1:]) for row in layer_norm]).to(dtype)
         if lengths is not None:
-            x = torch.where(
-                (torch.arange(x.shape[0], device=x.device)[:, None] < lengths)[:, :, None], x, 0
-            )
+            x = reference.without_padding(x, reference.valid_steps(x, lengths))
         # The norm of the input's part is no business of the recurrence.
         with reference.without_autocast(x.device.type):
             x = torch.cat(
