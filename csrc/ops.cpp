@@ -92,14 +92,16 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
   return run_forward(p, in, bias, save, cells);
 }
 
-VariantForwardResult variant_forward(
-    const Tensor& x, const OptionalTensors& w_ih, const Tensors& w_hh, const OptionalTensors& bias,
-    const OptionalTensors& w_hr, const OptionalTensor& h0, const OptionalTensor& c0,
-    const OptionalTensor& lengths, const OptionalTensor& reset, int64_t reversed, bool save,
-    bool cells, bool /*allow_tf32*/, int64_t forget, int64_t recurrent_activation,
-    int64_t activation, int64_t output_activation, double cell_clip, double zoneout_h,
-    double zoneout_c, const OptionalTensor& peephole, const OptionalTensor& norm,
-    const OptionalTensor& h_scale, const OptionalTensor& seed, int64_t before, int64_t after) {
+VariantForwardResult variant_forward(const Tensor& x, const OptionalTensors& w_ih,
+                                     const Tensors& w_hh, const OptionalTensors& bias,
+                                     const OptionalTensors& w_hr, const OptionalTensor& h0,
+                                     const OptionalTensor& c0, const OptionalTensor& lengths,
+                                     const OptionalTensor& reset, int64_t reversed, bool save,
+                                     bool cells, int64_t forget, int64_t recurrent_activation,
+                                     int64_t activation, int64_t output_activation,
+                                     double cell_clip, double zoneout_h, double zoneout_c,
+                                     const OptionalTensor& peephole, const OptionalTensor& norm,
+                                     const OptionalTensor& h_scale, const OptionalTensor& seed) {
   const Inputs in(x, w_ih.value_or(Tensors{}), w_hh, w_hr.value_or(Tensors{}), h0, c0, lengths,
                   reset, reversed);
   STD_TORCH_CHECK(w_ih || !bias, "bias is part of gates_x where there is no w_ih");
@@ -115,7 +117,6 @@ VariantForwardResult variant_forward(
   variant.normed = kept ? normed.data_ptr() : nullptr;
   variant.rstd = kept ? rstd.data_ptr() : nullptr;
   LayerForward p{};
-  p.others = {before, after};
   p.variant = &variant;
   return std::tuple_cat(run_forward(p, in, bias, save, cells), std::tuple(normed, rstd));
 }
@@ -129,9 +130,9 @@ BackwardResult run_backward(LayerBackward p, const Inputs& in, const Gradients& 
   };
   const Tensor dx = wanted(need_dx, {T, B, inputs * I}), dh0 = wanted(need_dh0, {D, B, P}),
                dc0 = wanted(in.c0.has_value(), {D, B, H});
-  const Tensor dw_ih = wanted(need_dw && !in.w_ih.empty(), {D, 4 * H, I}),
-               dw_hh = wanted(need_dw, {D, 4 * H, P}), db = wanted(need_dw, {D, 4 * H}),
-               dw_hr = wanted(need_dw && projected, {D, P, H});
+  const bool of_input = need_dw && !in.w_ih.empty();
+  const Tensor dw_ih = wanted(of_input, {D, 4 * H, I}), dw_hh = wanted(need_dw, {D, 4 * H, P}),
+               db = wanted(of_input, {D, 4 * H}), dw_hr = wanted(need_dw && projected, {D, P, H});
   fill(in, p);
   p.y = grads.y.data_ptr();
   p.gates = grads.gates.data_ptr();
@@ -189,11 +190,11 @@ VariantBackwardResult variant_backward(
     const OptionalTensor& dc, const Tensor& x, const OptionalTensors& w_ih, const Tensors& w_hh,
     const OptionalTensors& w_hr, const OptionalTensor& h0, const OptionalTensor& c0,
     const OptionalTensor& lengths, const OptionalTensor& reset, int64_t reversed, const Tensor& y,
-    const Tensor& gates, const Tensor& c, bool need_dx, bool need_dw, bool /*allow_tf32*/,
-    int64_t forget, int64_t recurrent_activation, int64_t activation, int64_t output_activation,
-    double cell_clip, double zoneout_h, double zoneout_c, const OptionalTensor& peephole,
-    const OptionalTensor& norm, const OptionalTensor& h_scale, const OptionalTensor& seed,
-    const Tensor& normed_in, const Tensor& rstd_in) {
+    const Tensor& gates, const Tensor& c, bool need_dx, bool need_dw, int64_t forget,
+    int64_t recurrent_activation, int64_t activation, int64_t output_activation, double cell_clip,
+    double zoneout_h, double zoneout_c, const OptionalTensor& peephole, const OptionalTensor& norm,
+    const OptionalTensor& h_scale, const OptionalTensor& seed, const Tensor& normed_in,
+    const Tensor& rstd_in) {
   const Inputs in(x, w_ih.value_or(Tensors{}), w_hh, w_hr.value_or(Tensors{}), h0, c0, lengths,
                   reset, reversed);
   check_lengths(in);

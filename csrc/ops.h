@@ -59,19 +59,19 @@ inline constexpr const char* kPieceBackwardSchema =
   "Tensor? h_scale, Tensor? seed"
 inline constexpr const char* kVariantForwardSchema =
     "variant_forward(Tensor x, Tensor[]? w_ih, Tensor[] w_hh, Tensor[]? bias, Tensor[]? w_hr, "
-    "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int reversed, bool save, bool cells, "
-    "bool allow_tf32, " LSTM_VARIANT_OPTIONS
-    ", int before=0, int after=0) "
+    "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int reversed, bool save, bool "
+    "cells, " LSTM_VARIANT_OPTIONS
+    ") "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor c, Tensor normed, Tensor rstd)";
 inline constexpr const char* kVariantBackwardSchema =
-    "variant_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor[]? "
-    "w_ih, "
-    "Tensor[] w_hh, Tensor[]? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, "
-    "int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, bool "
-    "allow_tf32, " LSTM_VARIANT_OPTIONS
+    "variant_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, "
+    "Tensor[]? w_ih, Tensor[] w_hh, Tensor[]? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, "
+    "Tensor? reset, int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool "
+    "need_dw, " LSTM_VARIANT_OPTIONS
     ", Tensor normed, Tensor rstd) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr, "
     "Tensor dpeephole, Tensor dnorm)";
+
 // What derivatives beyond the first take (lstm_cuda/recurrence.py, products.py).
 inline constexpr const char* kChangesSchema =
     "changes(bool transposed, Tensor? source_x, Tensor? source_z, Tensor? source_gates, "

@@ -33,6 +33,9 @@ struct LayerShape {
 // own, in the order of the recurrences. On CPUs no result depends on how a sequence is cut.
 struct Others {
   int64_t before, after;
+
+  // How many of them are earlier in time.
+  LSTM_HOST_DEVICE int64_t earlier(bool reversed) const { return reversed ? after : before; }
 };
 
 // What a cell computes (cell.h). The defaults are torch.nn.LSTM's.

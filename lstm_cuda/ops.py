@@ -430,9 +430,9 @@ def _sizes(x: Tensor, w_hh: Sequence[Tensor]) -> tuple[int, int, int, int, int]:
     return T, B, len(w_hh), w_hh[0].shape[0] // 4, w_hh[0].shape[1]
 
 
-def _layer_forward_fake(
+def layer_forward_fake(
     x: Tensor,
-    w_ih: Sequence[Tensor],
+    w_ih: Sequence[Tensor] | None,
     w_hh: Sequence[Tensor],
     bias: Sequence[Tensor] | None,
     w_hr: Sequence[Tensor] | None,
@@ -450,22 +450,23 @@ def _layer_forward_fake(
     after: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, B, D, H, P = _sizes(x, w_hh)
+    w = w_hh[0]  # x can be in another dtype (variant_ops.py)
     return (
-        x.new_empty(T, B, D * P),
-        x.new_empty(D, B, P),
-        x.new_empty(D, B, H, dtype=x.dtype if c0 is None else c0.dtype),
-        x.new_empty((T, B, D, 4 * H) if save else 0, dtype=saved_gates_dtype(x)),
-        x.new_empty((T, B, D, H) if save or cells else 0, dtype=compute_dtype(x.dtype)),
+        w.new_empty(T, B, D * P),
+        w.new_empty(D, B, P),
+        w.new_empty(D, B, H, dtype=w.dtype if c0 is None else c0.dtype),
+        w.new_empty((T, B, D, 4 * H) if save else 0, dtype=saved_gates_dtype(w)),
+        w.new_empty((T, B, D, H) if save or cells else 0, dtype=compute_dtype(w.dtype)),
     )
 
 
-def _layer_backward_fake(
+def layer_backward_fake(
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
     dc: Tensor | None,
     x: Tensor,
-    w_ih: Sequence[Tensor],
+    w_ih: Sequence[Tensor] | None,
     w_hh: Sequence[Tensor],
     w_hr: Sequence[Tensor] | None,
     h0: Tensor | None,
@@ -482,14 +483,15 @@ def _layer_backward_fake(
     dgates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, B, D, H, P = _sizes(x, w_hh)
+    w = w_hh[0]
     return (
         x.new_empty(x.shape if need_dx else 0),
-        x.new_empty((D, B, P) if h0 is not None else 0),
-        x.new_empty(0) if c0 is None else c0.new_empty(D, B, H),
-        x.new_empty((D, *w_ih[0].shape) if need_dw else 0),
-        x.new_empty((D, 4 * H, P) if need_dw else 0),
-        x.new_empty((D, 4 * H) if need_dw else 0),
-        x.new_empty((D, P, H) if need_dw and w_hr else 0),
+        w.new_empty((D, B, P) if h0 is not None else 0),
+        w.new_empty(0) if c0 is None else c0.new_empty(D, B, H),
+        w.new_empty((D, *w_ih[0].shape) if need_dw and w_ih else 0),
+        w.new_empty((D, 4 * H, P) if need_dw else 0),
+        w.new_empty((D, 4 * H) if need_dw and w_ih else 0),
+        w.new_empty((D, P, H) if need_dw and w_hr else 0),
     )
 
 
@@ -500,5 +502,5 @@ if load_error is None:
     _backward = torch.ops.lstm_cuda.layer_backward.default
     _piece_backward = torch.ops.lstm_cuda.piece_backward.default
     _pack = torch.ops.lstm_cuda.pack_weights.default
-    torch.library.register_fake("lstm_cuda::layer_forward", _layer_forward_fake)
-    torch.library.register_fake("lstm_cuda::layer_backward", _layer_backward_fake)
+    torch.library.register_fake("lstm_cuda::layer_forward", layer_forward_fake)
+    torch.library.register_fake("lstm_cuda::layer_backward", layer_backward_fake)

@@ -211,7 +211,7 @@ def _empty_forward(
     allow_tf32: bool,
 ) -> tuple[Tensor, ...]:
     """The results of ``_forward``, not filled in."""
-    y, h_n, c_n, _, c = ops._layer_forward_fake(
+    y, h_n, c_n, _, c = ops.layer_forward_fake(
         x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, False, cells, allow_tf32
     )
     T, B, D, H, P = ops._sizes(x, w_hh)
@@ -294,7 +294,7 @@ def _empty_backward(
     allow_tf32: bool,
 ) -> tuple[Tensor, ...]:
     """The results of ``_backward``, not filled in."""
-    dx, _, _, *dw = ops._layer_backward_fake(
+    dx, _, _, *dw = ops.layer_backward_fake(
         dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, None, None, lengths, reset, reversed, x, x, x,
         need_dx, need_dw, allow_tf32,
     )  # fmt: skip

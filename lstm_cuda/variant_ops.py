@@ -71,7 +71,7 @@ def variant_forward(
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = ops.outside_autocast(
         _forward, x.device.type,
         x, w_ih or None, w_hh, bias or None, w_hr or None, h0, c0, lengths, reset, reversed, save,
-        cells, False, *_options(cell), peephole, norm, masks.h_scale, masks.seed,
+        cells, *_options(cell), peephole, norm, masks.h_scale, masks.seed,
     )  # fmt: skip
     return result
 
@@ -105,13 +105,13 @@ def variant_backward(
     """The gradients of ``variant_forward``; arguments as there and for ``ops.layer_backward``.
 
     Returns:
-        As ``ops.layer_backward`` (dw_ih is [0] without w_ih), then those of ``peephole`` and of
-        ``norm``, [0] without them or unless ``need_dw``.
+        As ``ops.layer_backward`` (dw_ih and db are [0] without w_ih), then those of ``peephole``
+        and of ``norm``, [0] without them or unless ``need_dw``.
     """
     result: tuple[Tensor, ...] = ops.outside_autocast(
         _backward, x.device.type,
         dy, dh_n, dc_n, dc, x, w_ih or None, w_hh, w_hr or None, h0, c0, lengths, reset, reversed,
-        y, gates, c, need_dx, need_dw, False, *_options(cell), peephole, norm, masks.h_scale,
+        y, gates, c, need_dx, need_dw, *_options(cell), peephole, norm, masks.h_scale,
         masks.seed, normed, rstd,
     )  # fmt: skip
     return result
@@ -130,7 +130,6 @@ def _forward_fake(
     reversed: int,
     save: bool,
     cells: bool,
-    allow_tf32: bool,
     forget: int,
     recurrent_activation: int,
     activation: int,
@@ -142,22 +141,16 @@ def _forward_fake(
     norm: Tensor | None,
     h_scale: Tensor | None,
     seed: Tensor | None,
-    before: int = 0,
-    after: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    T, B, _ = x.shape
-    D, dtype = len(w_hh), w_hh[0].dtype
-    H, P = w_hh[0].shape[0] // 4, w_hh[0].shape[1]
-    compute = ops.compute_dtype(dtype)
+    result = ops.layer_forward_fake(
+        x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, save, cells, False
+    )
+    gates = result[3]
     kept = save and norm is not None
     return (
-        x.new_empty(T, B, D * P, dtype=dtype),
-        x.new_empty(D, B, P, dtype=dtype),
-        x.new_empty(D, B, H, dtype=dtype if c0 is None else c0.dtype),
-        x.new_empty((T, B, D, 4 * H) if save else 0, dtype=compute),
-        x.new_empty((T, B, D, H) if save or cells else 0, dtype=compute),
-        x.new_empty((T, B, D, 4 * H) if kept else 0, dtype=compute),
-        x.new_empty((T, B, D) if kept else 0, dtype=compute),
+        *result,
+        gates.new_empty(gates.shape if kept else 0),
+        gates.new_empty(gates.shape[:3] if kept else 0),
     )
 
 
@@ -180,7 +173,6 @@ def _backward_fake(
     c: Tensor,
     need_dx: bool,
     need_dw: bool,
-    allow_tf32: bool,
     forget: int,
     recurrent_activation: int,
     activation: int,
@@ -195,17 +187,13 @@ def _backward_fake(
     normed: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, ...]:
-    B, D = x.shape[1], len(w_hh)
-    H, P = w_hh[0].shape[0] // 4, w_hh[0].shape[1]
-    w = w_hh[0]
+    result = ops.layer_backward_fake(
+        dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed, y, gates, c,
+        need_dx, need_dw, False,
+    )  # fmt: skip
+    D, H = c.shape[2:]
     return (
-        x.new_empty(x.shape if need_dx else 0),
-        w.new_empty((D, B, P) if h0 is not None else 0),
-        w.new_empty(0) if c0 is None else c0.new_empty(D, B, H),
-        w.new_empty((D, *w_ih[0].shape) if need_dw and w_ih else 0),
-        w.new_empty((D, 4 * H, P) if need_dw else 0),
-        w.new_empty((D, 4 * H) if need_dw else 0),
-        w.new_empty((D, P, H) if need_dw and w_hr else 0),
+        *result,
         c.new_empty((D, 3, H) if need_dw and peephole is not None else 0),
         c.new_empty((D, 6, H) if need_dw and norm is not None else 0),
     )

@@ -29,8 +29,8 @@ def emulator() -> Any:
     if reason := build.unavailable():
         pytest.skip(reason)
     module = python_module.load(python_module.compile_module())
-    torch.library.register_fake("lstm_cuda_emulated::layer_forward", ops._layer_forward_fake)
-    torch.library.register_fake("lstm_cuda_emulated::layer_backward", ops._layer_backward_fake)
+    torch.library.register_fake("lstm_cuda_emulated::layer_forward", ops.layer_forward_fake)
+    torch.library.register_fake("lstm_cuda_emulated::layer_backward", ops.layer_backward_fake)
     return module
 
 

@@ -106,8 +106,9 @@ def test_options_change_the_result_and_train(options: dict[str, Any], device: st
 
 
 @pytest.mark.parametrize("name", ["recurrent_dropout", "zoneout", "weight_dropout"], ids=with_issue)
-def test_random_options_follow_the_mode_and_the_seed(name: str, device: str) -> None:
-    fused = FusedLSTM(3, 8, device=device, backend="torch", **{name: 0.5})
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_random_options_follow_the_mode_and_the_seed(name: str, backend: str, device: str) -> None:
+    fused = FusedLSTM(3, 8, device=device, backend=backend, **{name: 0.5})
     x = torch.randn(5, 2, 3, device=device)
     torch.manual_seed(1)
     first = fused(x)[0]

@@ -264,18 +264,6 @@ def test_no_step_by_step_on_a_cpu(recwarn: pytest.WarningsRecorder) -> None:
     assert type(y.grad_fn).__name__ == "_LayerBackward"
 
 
-def test_masks_are_those_of_the_seed() -> None:
-    fused = FusedLSTM(3, 8, zoneout=(0.5, 0.4), recurrent_dropout=0.5, weight_dropout=0.5)
-    x = torch.randn(5, 2, 3)
-    torch.manual_seed(1)
-    first = fused(x)[0]
-    assert not torch.equal(fused(x)[0], first)
-    torch.manual_seed(1)
-    assert_equal(fused(x)[0], first)
-    fused.eval()
-    assert_equal(fused(x)[0], fused(x)[0])
-
-
 def test_zoneout_keeps_nothing_or_all() -> None:
     x, h, c = torch.randn(6, 3, 4), torch.randn(1, 3, 5), torch.randn(1, 3, 5)
     plain = FusedLSTM(4, 5)

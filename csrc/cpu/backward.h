@@ -154,13 +154,12 @@ class BackwardJob {
     zeros_ = arena.take<T>(std::max(G_, padded_));
     if (!p.variant) return;
     const Variant& v = *p.variant;
-    const int64_t width = round_up(std::max(s_.P, s_.H), kChoices);
     dm_ = arena.take<T>(rows_ * padded_);
     if (v.cell.zoneout_h > 0) {
-      keep_h_ = arena.take<T>(rows_ * width);
-      dh_ = arena.take<T>(rows_ * width);
+      keep_h_ = arena.take<T>(rows_ * width());
+      dh_ = arena.take<T>(rows_ * width());
     }
-    if (v.cell.zoneout_c > 0) keep_c_ = arena.take<T>(rows_ * width);
+    if (v.cell.zoneout_c > 0) keep_c_ = arena.take<T>(rows_ * width());
     if (v.norm) room_ = arena.take<T>(rows_ * 8 * padded_);
   }
 
@@ -354,17 +353,14 @@ class BackwardJob {
   }
 
   // Of row b of the part, or null.
-  const T* h_scale(int64_t b) const {
-    if (!p_.variant || !p_.variant->h_scale) return nullptr;
-    return static_cast<const T*>(p_.variant->h_scale) + (d_ * s_.B + b0_ + b) * s_.P;
-  }
+  const T* h_scale(int64_t b) const { return VariantRows<T>::h_scale(s_, p_.variant, d_, b0_ + b); }
   int64_t width() const { return round_up(std::max(s_.P, s_.H), kChoices); }
 
   void choose(const Walk& walk, int64_t index, int64_t q) const {
     if (q >= walk.rows) return;
     const VariantRows<T> rows(s_, *p_.variant, d_);
-    const int64_t b = walk.row[q].b, t = schedule_.time(index) +
-                                         (schedule_.reversed ? p_.others.after : p_.others.before);
+    const int64_t b = walk.row[q].b,
+                  t = schedule_.time(index) + p_.others.earlier(schedule_.reversed);
     if (keep_h_) rows.choose(Choice::h, t, b0_ + b, s_.P, keep_h_ + b * width());
     if (keep_c_) rows.choose(Choice::c, t, b0_ + b, s_.H, keep_c_ + b * width());
   }
@@ -426,8 +422,7 @@ class BackwardJob {
   void step(const Walk& walk, int64_t n) const {
     if (p_.variant) {
       const auto keep = [this](const Row& row, int64_t j, const Vec<T>& dm) {
-        if (j < padded_)
-          store<T>(dm_ + row.b * padded_ + j, s_.projected ? dm : variant_output(row, j, dm));
+        store<T>(dm_ + row.b * padded_ + j, s_.projected ? dm : variant_output(row, j, dm));
       };
       if (s_.projected) {
         return multiply(

@@ -336,10 +336,7 @@ class ForwardJob {
   }
 
   // Of row b of the part, or null.
-  const T* h_scale(int64_t b) const {
-    if (!p_.variant || !p_.variant->h_scale) return nullptr;
-    return static_cast<const T*>(p_.variant->h_scale) + (d_ * s_.B + b0_ + b) * s_.P;
-  }
+  const T* h_scale(int64_t b) const { return VariantRows<T>::h_scale(s_, p_.variant, d_, b0_ + b); }
 
   // A step for groups n0 .. n1. Every second step walks the groups backwards, so that it starts
   // with the weights that are still in the cache.
@@ -455,8 +452,7 @@ class ForwardJob {
     const Row& row = walk.row[q];
     const Variant& v = *p_.variant;
     const VariantRows<T> rows(s_, v, d_);
-    const int64_t t = schedule_.time(index) +
-                      (schedule_.reversed ? p_.others.after : p_.others.before),
+    const int64_t t = schedule_.time(index) + p_.others.earlier(schedule_.reversed),
                   b = b0_ + row.b;
     if (row.keep_h) rows.choose(Choice::h, t, b, s_.P, row.keep_h);
     if (row.keep_c) rows.choose(Choice::c, t, b, s_.H, row.keep_c);
@@ -466,13 +462,12 @@ class ForwardJob {
          normed ? static_cast<T*>(v.normed) + row.at * 4 * s_.H : nullptr,
          normed ? static_cast<T*>(v.rstd) + row.at : nullptr},
         [&](int64_t j, const Vec<T>& m, int left) {
-          s_.projected ? store<T>(row.m + j, m) : store_output(row, j, m, left);
+          s_.projected ? store<T>(row.m + j, m) : store_variant_output(row, j, m, left);
         });
   }
 
   // h as the next step reads it is h as the caller sees it, rounding included.
-  LSTM_INLINE void store_output(const Row& row, int64_t j, Vec<T> h, int left) const {
-    if (p_.variant) return store_variant_output(row, j, h, left);
+  static LSTM_INLINE void store_output(const Row& row, int64_t j, const Vec<T>& h, int left) {
     store<T>(row.y + j, h, left);
     if constexpr (std::is_same_v<S, Element>) {
       store<T>(row.h_next + j, h);
@@ -481,7 +476,7 @@ class ForwardJob {
     }
   }
 
-  LSTM_INLINE void store_variant_output(const Row& row, int64_t j, Vec<T> h, int left) const {
+  static LSTM_INLINE void store_variant_output(const Row& row, int64_t j, Vec<T> h, int left) {
     if (row.keep_h) {
       const Vec<T> keep = load<T>(row.keep_h + j);
       h = keep * load<T>(row.h_prev + j) + (1 - keep) * h;
@@ -507,7 +502,10 @@ class ForwardJob {
 #pragma GCC unroll 4
           for (int v = 0; v < N; ++v) {
             const int64_t j = n * w_.w_hr.width + v * lanes;
-            store_output(walk.row[first + r], j, acc[r][v], lanes_left(j, s_.P, lanes));
+            const Row& row = walk.row[first + r];
+            const int left = lanes_left(j, s_.P, lanes);
+            p_.variant ? store_variant_output(row, j, acc[r][v], left)
+                       : store_output(row, j, acc[r][v], left);
           }
         }
       });

@@ -26,7 +26,7 @@ struct WeightGradients {
     explicit Sizes(const LayerBackward& p)
         : w_ih(p.w_ih ? 4 * p.shape.H * p.shape.I : 0),
           w_hh(4 * p.shape.H * p.shape.P),
-          b(4 * p.shape.H),
+          b(p.w_ih ? 4 * p.shape.H : 0),
           w_hr(p.shape.projected ? p.shape.P * p.shape.H : 0),
           more(p.variant ? VariantRows<T>::sums(*p.variant) * p.shape.H : 0) {}
     int64_t all() const { return w_ih + w_hh + b + w_hr + more; }
@@ -104,7 +104,7 @@ class GradientJob {
     if (p_.sums_weights() && p_.others.after == 0) {
       std::memset(static_cast<void*>(dw_.all.w_ih), 0, sizeof(T) * G_ * inputs());
       std::memset(static_cast<void*>(dw_.all.w_hh), 0, sizeof(T) * G_ * s_.P);
-      std::memset(static_cast<void*>(dw_.all.b), 0, sizeof(T) * G_);
+      if (p_.w_ih) std::memset(static_cast<void*>(dw_.all.b), 0, sizeof(T) * G_);
       if (s_.projected) std::memset(static_cast<void*>(dw_.all.w_hr), 0, sizeof(T) * s_.P * s_.H);
       if (chunk_.extra) std::memset(static_cast<void*>(dw_.all.more), 0, sizeof(T) * chunk_.extra);
     }
@@ -182,7 +182,7 @@ class GradientJob {
     if (item < blocks(G_)) {
       const int64_t first = item * block, last = std::min(first + block, G_);
       transpose_rows(walk, &Product::dgates, first, last, transposed_);
-      add_rows(walk, &Product::dgates, &WeightGradients<T>::b, first, last);
+      if (p_.w_ih) add_rows(walk, &Product::dgates, &WeightGradients<T>::b, first, last);
     } else if (item >= blocks(G_) + blocks(dh_columns())) {
       const int64_t first = (item - blocks(G_) - blocks(dh_columns())) * block;
       add_rows(walk, &Product::more, &WeightGradients<T>::more, first,
@@ -268,8 +268,8 @@ class GradientJob {
             (goes_on ? dw_.begun : dw_.all).*member, !goes_on};
   }
 
-  // The member `sum_of` += the sum over the chunk of the rows that `member` points to, in columns first ..
-  // last.
+  // The member `sum_of`, in columns first .. last, += the sum over the chunk of the rows that
+  // `member` points to.
   template <class R>
   void add_rows(const Walk& walk, const R* Product::* member, T* WeightGradients<T>::* sum_of,
                 int64_t first, int64_t last) const {

@@ -33,7 +33,13 @@ class VariantRows {
   // Rows of sums that backward makes besides: of peepholes, then of norm.
   static int64_t sums(const Variant& v) { return (v.peephole ? 3 : 0) + (v.norm ? 6 : 0); }
 
-  // How much of the state to keep, for n units; `keep` holds whole runs.
+  // The row of h_scale, or null.
+  static const T* h_scale(const LayerShape& s, const Variant* v, int64_t d, int64_t b) {
+    return v && v->h_scale ? static_cast<const T*>(v->h_scale) + (d * s.B + b) * s.P : nullptr;
+  }
+
+  // How much of the state to keep, for n units; `keep` holds whole runs. t is a time of the whole
+  // sequence.
   void choose(Choice choice, int64_t t, int64_t b, int64_t n, T* keep) const {
     const double probability = choice == Choice::h ? v_.cell.zoneout_h : v_.cell.zoneout_c;
     if (!v_.seed) {
