@@ -29,7 +29,10 @@ class ForwardJob {
     T* c;
     T* c_out;  // where c of this step is kept, or null
     S* y;
-    int64_t b, at;  // other cells: of the part, and of [T, B, D]
+  };
+  // The rest of a row, for other cells. Apart, so that rows of the plain cell stay small.
+  struct VariantRow {
+    int64_t b, at;  // of the part, and of [T, B, D]
     T* z;
     T* h_state;          // h without h_scale; or null
     const T* h_prev;     // the same of the step before
@@ -45,7 +48,8 @@ class ForwardJob {
  public:
   // What each worker makes for itself on the way: the same for all that run a job in step.
   struct Walk {
-    Row* row;       // active rows of the step
+    Row* row;  // active rows of the step
+    VariantRow* variant;
     int64_t* idle;  // rows of the step that are past their length
     int64_t rows, idles;
     Product* product;  // active rows of the chunk
@@ -86,6 +90,7 @@ class ForwardJob {
   Walk walk(Arena& arena) const {
     Walk walk{};
     walk.row = arena.take<Row>(rows_);
+    walk.variant = arena.take<VariantRow>(p_.variant ? rows_ : 0);
     walk.idle = arena.take<int64_t>(rows_);
     walk.which = arena.take<uint8_t>(rows_);
     if (!plan_.input_within_step) walk.product = arena.take<Product>(chunk_ * rows_);
@@ -323,16 +328,20 @@ class ForwardJob {
       row.c_prev = fresh ? zeros_ : row.c;
       row.c_out = p_.c ? static_cast<T*>(p_.c) + at * s_.H : nullptr;
       row.y = static_cast<S*>(p_.y) + at * s_.P;
-      if (!p_.variant) continue;
-      row.b = b;
-      row.at = at;
-      row.z = z_ + b * 4 * padded_;
-      row.h_state = h_state_ ? h_state_ + b * stride_h_ : nullptr;
-      row.h_prev = fresh ? zeros_ : row.h_state;
-      row.keep_h = keep_h_ ? keep_h_ + b * stride_h_ : nullptr;
-      row.keep_c = keep_c_ ? keep_c_ + b * stride_m_ : nullptr;
-      row.h_scale = h_scale(b);
+      if (p_.variant) walk.variant[walk.rows - 1] = variant_row_of(b, at, fresh);
     }
+  }
+
+  VariantRow variant_row_of(int64_t b, int64_t at, bool fresh) const {
+    T* const h_state = h_state_ ? h_state_ + b * stride_h_ : nullptr;
+    return {b,
+            at,
+            z_ + b * 4 * padded_,
+            h_state,
+            fresh ? zeros_ : h_state,
+            keep_h_ ? keep_h_ + b * stride_h_ : nullptr,
+            keep_c_ ? keep_c_ + b * stride_m_ : nullptr,
+            h_scale(b)};
   }
 
   // Of row b of the part, or null.
@@ -413,8 +422,10 @@ class ForwardJob {
     }
   }
 
-  // The pre-activations of groups n0 .. n1, or, with norm, the part of w_hh h.
-  void variant_products(const Walk& walk, int64_t n0, int64_t n1, int64_t depth) const {
+  // The pre-activations of groups n0 .. n1, or, with norm, the part of w_hh h. A function of its own,
+  // so that the plain cell's stays as it is.
+  __attribute__((noinline)) void variant_products(const Walk& walk, int64_t n0, int64_t n1,
+                                                  int64_t depth) const {
     const bool within_step = plan_.input_within_step, apart = p_.variant->norm;
     for (int64_t n = n0; n < n1; ++n) {
       const int64_t j0 = n * lanes;
@@ -440,7 +451,7 @@ class ForwardJob {
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
           for (int gate = 0; gate < 4; ++gate)
-            store<T>(row[r].z + gate * padded_ + j0, acc[r][gate]);
+            store<T>(walk.variant[first + r].z + gate * padded_ + j0, acc[r][gate]);
         }
       });
     }
@@ -450,20 +461,21 @@ class ForwardJob {
   void variant_row(const Walk& walk, int64_t index, int64_t q) const {
     if (q >= walk.rows) return;
     const Row& row = walk.row[q];
+    const VariantRow& more = walk.variant[q];
     const Variant& v = *p_.variant;
     const VariantRows<T> rows(s_, v, d_);
-    const int64_t t = schedule_.time(index) + p_.others.earlier(schedule_.reversed),
-                  b = b0_ + row.b;
-    if (row.keep_h) rows.choose(Choice::h, t, b, s_.P, row.keep_h);
-    if (row.keep_c) rows.choose(Choice::c, t, b, s_.H, row.keep_c);
+    const int64_t t = schedule_.time(index) + p_.others.earlier(schedule_.reversed);
+    if (more.keep_h) rows.choose(Choice::h, t, b0_ + more.b, s_.P, more.keep_h);
+    if (more.keep_c) rows.choose(Choice::c, t, b0_ + more.b, s_.H, more.keep_c);
     const bool normed = v.norm && p_.gates;
-    rows.forward(
-        {row.z, row.gates, row.c_prev, row.keep_c, row.c, row.c_out, p_.gates ? row.gates : nullptr,
-         normed ? static_cast<T*>(v.normed) + row.at * 4 * s_.H : nullptr,
-         normed ? static_cast<T*>(v.rstd) + row.at : nullptr},
-        [&](int64_t j, const Vec<T>& m, int left) {
-          s_.projected ? store<T>(row.m + j, m) : store_variant_output(row, j, m, left);
-        });
+    rows.forward({more.z, row.gates, row.c_prev, more.keep_c, row.c, row.c_out,
+                  p_.gates ? row.gates : nullptr,
+                  normed ? static_cast<T*>(v.normed) + more.at * 4 * s_.H : nullptr,
+                  normed ? static_cast<T*>(v.rstd) + more.at : nullptr},
+                 [&](int64_t j, const Vec<T>& m, int left) {
+                   s_.projected ? store<T>(row.m + j, m)
+                                : store_variant_output(row, more, j, m, left);
+                 });
   }
 
   // h as the next step reads it is h as the caller sees it, rounding included.
@@ -476,15 +488,16 @@ class ForwardJob {
     }
   }
 
-  static LSTM_INLINE void store_variant_output(const Row& row, int64_t j, Vec<T> h, int left) {
-    if (row.keep_h) {
-      const Vec<T> keep = load<T>(row.keep_h + j);
-      h = keep * load<T>(row.h_prev + j) + (1 - keep) * h;
+  static LSTM_INLINE void store_variant_output(const Row& row, const VariantRow& more, int64_t j,
+                                               Vec<T> h, int left) {
+    if (more.keep_h) {
+      const Vec<T> keep = load<T>(more.keep_h + j);
+      h = keep * load<T>(more.h_prev + j) + (1 - keep) * h;
     }
     store<T>(row.y + j, h, left);
     h = rounded<T, S>(h);
-    if (row.h_state) store<T>(row.h_state + j, h);
-    if (row.h_scale) h = rounded<T, S>(h * load<T>(row.h_scale + j, left));
+    if (more.h_state) store<T>(more.h_state + j, h);
+    if (more.h_scale) h = rounded<T, S>(h * load<T>(more.h_scale + j, left));
     store<T>(row.h_next + j, h);
   }
 
@@ -504,7 +517,7 @@ class ForwardJob {
             const int64_t j = n * w_.w_hr.width + v * lanes;
             const Row& row = walk.row[first + r];
             const int left = lanes_left(j, s_.P, lanes);
-            p_.variant ? store_variant_output(row, j, acc[r][v], left)
+            p_.variant ? store_variant_output(row, walk.variant[first + r], j, acc[r][v], left)
                        : store_output(row, j, acc[r][v], left);
           }
         }
