@@ -118,6 +118,8 @@ LSTM_HOST_DEVICE Cell<V> cell_gradients(const Cell<V>& cell, const V& c_prev, co
 // and what is kept of the state, Krueger et al. 2017:
 //   c' = k c_prev + (1 - k) c   h' = k h_prev + (1 - k) h
 
+constexpr double kNormEpsilon = 1e-5;  // added to variances
+
 template <class Math, class V>
 LSTM_HOST_DEVICE V activate(Activation activation, const V& z) {
   const V zero{}, one = zero + 1;

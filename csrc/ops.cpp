@@ -92,33 +92,24 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
   return run_forward(p, in, bias, save, cells);
 }
 
-VariantForwardResult variant_forward(const Tensor& x, const OptionalTensors& w_ih,
-                                     const Tensors& w_hh, const OptionalTensors& bias,
-                                     const OptionalTensors& w_hr, const OptionalTensor& h0,
-                                     const OptionalTensor& c0, const OptionalTensor& lengths,
-                                     const OptionalTensor& reset, int64_t reversed, bool save,
-                                     bool cells, int64_t forget, int64_t recurrent_activation,
-                                     int64_t activation, int64_t output_activation,
-                                     double cell_clip, double zoneout_h, double zoneout_c,
-                                     const OptionalTensor& peephole, const OptionalTensor& norm,
-                                     const OptionalTensor& h_scale, const OptionalTensor& seed) {
+VariantForwardResult variant_forward(
+    const Tensor& x, const OptionalTensors& w_ih, const Tensors& w_hh, const OptionalTensors& bias,
+    const OptionalTensors& w_hr, const OptionalTensor& h0, const OptionalTensor& c0,
+    const OptionalTensor& lengths, const OptionalTensor& reset, int64_t reversed, bool save,
+    bool cells, bool /*allow_tf32*/, int64_t forget, int64_t recurrent_activation,
+    int64_t activation, int64_t output_activation, double cell_clip, double zoneout_h,
+    double zoneout_c, const OptionalTensor& peephole, const OptionalTensor& norm,
+    const OptionalTensor& h_scale, const OptionalTensor& seed) {
   const Inputs in(x, w_ih.value_or(Tensors{}), w_hh, w_hr.value_or(Tensors{}), h0, c0, lengths,
                   reset, reversed);
-  STD_TORCH_CHECK(w_ih || !bias, "bias is part of gates_x where there is no w_ih");
   const VariantInputs options(in, forget, recurrent_activation, activation, output_activation,
                               cell_clip, zoneout_h, zoneout_c, peephole, norm, h_scale, seed);
-  STD_TORCH_CHECK(!norm || !w_ih, "norm needs gates_x, without w_ih");
-  const LayerShape& s = in.shape;
-  const ScalarType compute = compute_type(in.type);
-  const bool kept = save && norm;
-  const Tensor normed = empty(kept ? Sizes{s.T, s.B, s.D, 4 * s.H} : Sizes{0}, compute, x),
-               rstd = empty(kept ? Sizes{s.T, s.B, s.D} : Sizes{0}, compute, x);
-  Variant variant = options.variant();
-  variant.normed = kept ? normed.data_ptr() : nullptr;
-  variant.rstd = kept ? rstd.data_ptr() : nullptr;
+  options.check_gates_x(in, bias);
+  const std::tuple<Tensor, Tensor> statistics = options.statistics(in, save);
+  const Variant variant = options.variant(statistics);
   LayerForward p{};
   p.variant = &variant;
-  return std::tuple_cat(run_forward(p, in, bias, save, cells), std::tuple(normed, rstd));
+  return std::tuple_cat(run_forward(p, in, bias, save, cells), statistics);
 }
 
 // Gradients in the compute type; p holds what not every call has.
@@ -190,39 +181,29 @@ VariantBackwardResult variant_backward(
     const OptionalTensor& dc, const Tensor& x, const OptionalTensors& w_ih, const Tensors& w_hh,
     const OptionalTensors& w_hr, const OptionalTensor& h0, const OptionalTensor& c0,
     const OptionalTensor& lengths, const OptionalTensor& reset, int64_t reversed, const Tensor& y,
-    const Tensor& gates, const Tensor& c, bool need_dx, bool need_dw, int64_t forget,
-    int64_t recurrent_activation, int64_t activation, int64_t output_activation, double cell_clip,
-    double zoneout_h, double zoneout_c, const OptionalTensor& peephole, const OptionalTensor& norm,
-    const OptionalTensor& h_scale, const OptionalTensor& seed, const Tensor& normed_in,
-    const Tensor& rstd_in) {
+    const Tensor& gates, const Tensor& c, bool need_dx, bool need_dw, bool /*allow_tf32*/,
+    int64_t forget, int64_t recurrent_activation, int64_t activation, int64_t output_activation,
+    double cell_clip, double zoneout_h, double zoneout_c, const OptionalTensor& peephole,
+    const OptionalTensor& norm, const OptionalTensor& h_scale, const OptionalTensor& seed,
+    const Tensor& normed, const Tensor& rstd) {
   const Inputs in(x, w_ih.value_or(Tensors{}), w_hh, w_hr.value_or(Tensors{}), h0, c0, lengths,
                   reset, reversed);
   check_lengths(in);
   const VariantInputs options(in, forget, recurrent_activation, activation, output_activation,
                               cell_clip, zoneout_h, zoneout_c, peephole, norm, h_scale, seed);
-  STD_TORCH_CHECK(!norm || !w_ih, "norm needs gates_x, without w_ih");
+  options.check_gates_x(in, {});
   const LayerShape& s = in.shape;
   const ScalarType compute = compute_type(in.type);
   const Gradients grads(in, dy, dh_n, dc_n, dc, y, gates, c, compute);
-  const Tensor normed =
-      checked("normed", normed_in, norm ? Sizes{s.T, s.B, s.D, 4 * s.H} : Sizes{0}, compute, x);
-  const Tensor rstd = checked("rstd", rstd_in, norm ? Sizes{s.T, s.B, s.D} : Sizes{0}, compute, x);
-  const int64_t of_peephole = peephole ? 3 : 0, of_norm = norm ? 6 : 0;
-  const Tensor dmore = empty({s.D, need_dw ? of_peephole + of_norm : 0, s.H}, compute, x);
-  Variant variant = options.variant();
-  variant.normed = normed.data_ptr();
-  variant.rstd = rstd.data_ptr();
+  const Tensor dmore = empty({s.D, need_dw ? options.sums() : 0, s.H}, compute, x);
+  const std::tuple<Tensor, Tensor> statistics = options.checked_statistics(in, normed, rstd);
+  Variant variant = options.variant(statistics);
   variant.dmore = dmore.data_ptr();
   LayerBackward p{};
   p.variant = &variant;
   BackwardResult result = run_backward(p, in, grads, need_dx, h0.has_value(), need_dw);
   round(result, in);
-  const auto part = [&](int64_t first, int64_t rows) {
-    if (!need_dw || rows == 0) return empty({0}, compute, x);
-    Tensor whole = dmore;
-    return torch::stable::clone(torch::stable::narrow(whole, 1, first, rows));
-  };
-  return std::tuple_cat(result, std::tuple(part(0, of_peephole), part(of_peephole, of_norm)));
+  return std::tuple_cat(result, options.split(dmore));
 }
 
 PieceResult piece_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,

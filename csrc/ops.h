@@ -59,15 +59,15 @@ inline constexpr const char* kPieceBackwardSchema =
   "Tensor? h_scale, Tensor? seed"
 inline constexpr const char* kVariantForwardSchema =
     "variant_forward(Tensor x, Tensor[]? w_ih, Tensor[] w_hh, Tensor[]? bias, Tensor[]? w_hr, "
-    "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int reversed, bool save, bool "
-    "cells, " LSTM_VARIANT_OPTIONS
+    "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int reversed, bool save, bool cells, "
+    "bool allow_tf32, " LSTM_VARIANT_OPTIONS
     ") "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor c, Tensor normed, Tensor rstd)";
 inline constexpr const char* kVariantBackwardSchema =
     "variant_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, "
     "Tensor[]? w_ih, Tensor[] w_hh, Tensor[]? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, "
-    "Tensor? reset, int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool "
-    "need_dw, " LSTM_VARIANT_OPTIONS
+    "Tensor? reset, int reversed, Tensor y, Tensor gates, Tensor c, bool need_dx, bool need_dw, "
+    "bool allow_tf32, " LSTM_VARIANT_OPTIONS
     ", Tensor normed, Tensor rstd) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr, "
     "Tensor dpeephole, Tensor dnorm)";
@@ -152,7 +152,19 @@ struct VariantInputs {
                 const OptionalTensor& peephole_in, const OptionalTensor& norm_in,
                 const OptionalTensor& h_scale_in, const OptionalTensor& seed_in);
 
-  Variant variant() const;
+  // Where there is no w_ih, and norm needs that, biases are part of x.
+  void check_gates_x(const Inputs& in, const OptionalTensors& bias) const;
+
+  // normed [T, B, D, 4H] and rstd [T, B, D], uninitialised, for backward; [0] if there is no need.
+  std::tuple<Tensor, Tensor> statistics(const Inputs& in, bool save) const;
+  // The same, as given to backward.
+  std::tuple<Tensor, Tensor> checked_statistics(const Inputs& in, const Tensor& normed,
+                                                const Tensor& rstd) const;
+  Variant variant(const std::tuple<Tensor, Tensor>& statistics) const;
+
+  // Rows of Variant::dmore, and its parts, [0] where there are none: of peephole, of norm.
+  int64_t sums() const { return (peephole ? 3 : 0) + (norm ? 6 : 0); }
+  std::tuple<Tensor, Tensor> split(const Tensor& dmore) const;
 };
 
 // What backward is given besides: what forward gave, and the gradients of that.

@@ -55,7 +55,8 @@ Status start(Call& call, const CudaPlan& plan, const Context& context) {
   if (!keeps_weights(plan.family)) {
     call.multiply_input();
     const bool step = plan.family == Family::rec_step;
-    const Scratch scratch(call.in, step ? rec_step_scratch(shape, plan, Call::kBackward) : 0);
+    const Scratch scratch(
+        call.in, step ? rec_step_scratch(shape, plan, call.p.variant, Call::kBackward) : 0);
     return call.start(plan, scratch, stream);
   }
   const int64_t packed = packed_bytes(shape, plan, Call::kBackward);
@@ -106,6 +107,7 @@ void run(Call& call, bool allow_tf32, const Context& context) {
   check(cuda_device(context.index, device));
   for (int refused_now = 0;;) {
     CudaRequest request = cuda_request(context.index, allow_tf32, Call::kBackward);
+    request.variant = call.p.variant;
     // Nobody has shown that cooperative launches can be captured.
     const bool recorded = capturing(context.stream);
     if (recorded) request.refused |= 1 << int(Family::rec_group);
@@ -142,16 +144,13 @@ void fill(Problem& p, const Inputs& in) {
   p.reset = pointer<const uint8_t*>(in.reset);
 }
 
-ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors& w_hh,
-                            const OptionalTensors& bias_or_none,
-                            const OptionalTensors& w_hr_or_none, const OptionalTensor& h0,
-                            const OptionalTensor& c0, const OptionalTensor& lengths,
-                            const OptionalTensor& reset, int64_t reversed, bool save, bool cells,
-                            bool allow_tf32, const OptionalTensor& packed, int64_t layout,
-                            int64_t /*before*/, int64_t /*after*/) {
-  const Tensors bias = bias_or_none.value_or(Tensors{}), w_hr = w_hr_or_none.value_or(Tensors{});
-  const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
+// p holds what not every call has.
+ForwardResult run_forward(RecurrenceForward p, const Inputs& in,
+                          const OptionalTensors& bias_or_none, bool save, bool cells,
+                          bool allow_tf32, const OptionalTensor& packed, int64_t layout) {
   const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
+  const Tensor& x = in.x;
+  const Tensors bias = bias_or_none.value_or(Tensors{});
   const ScalarType compute = compute_type(in.type);
   const Tensors b = checked("bias", bias, bias.empty() ? 0 : 2 * D, {4 * H}, in.type, x);
   const Context context(x);
@@ -172,99 +171,198 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
   }
   const Tensor h_n = empty({D, B, P}, in.type, x), c_n = empty({D, B, H}, in.c_type, x);
 
-  ForwardCall forward{in, Products(x, allow_tf32, context.stream), biases, packed, layout, y, h_n};
-  RecurrenceForward& p = forward.p;
-  fill(p, in);
-  p.h0 = pointer(in.h0);
-  p.save = save;
-  p.y = y.data_ptr();
-  p.h_n = h_n.data_ptr();
-  p.c_n = c_n.data_ptr();
-  p.c = save || cells ? c.data_ptr() : nullptr;
+  ForwardCall forward{
+      in, Products(in.w_hh[0], allow_tf32, context.stream), biases, packed, layout, y, h_n, p};
+  if (p.gates_x && save) {
+    forward.gates = empty({T, B, D, 4 * H}, in.type, x);
+    forward.p.gates = forward.gates.data_ptr();
+  }
+  fill(forward.p, in);
+  forward.p.h0 = pointer(in.h0);
+  forward.p.save = save;
+  forward.p.y = y.data_ptr();
+  forward.p.h_n = h_n.data_ptr();
+  forward.p.c_n = c_n.data_ptr();
+  forward.p.c = save || cells ? c.data_ptr() : nullptr;
   run(forward, allow_tf32, context);
   return {forward.y, h_n, c_n, save ? forward.gates : empty({0}, in.type, x), c};
 }
 
-BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
-                              const OptionalTensor& dc_n, const OptionalTensor& dc, const Tensor& x,
-                              const Tensors& w_ih, const Tensors& w_hh,
-                              const OptionalTensors& w_hr_or_none, const OptionalTensor& h0,
-                              const OptionalTensor& c0, const OptionalTensor& lengths,
-                              const OptionalTensor& reset, int64_t reversed, const Tensor& y,
-                              const Tensor& gates, const Tensor& c, bool need_dx, bool need_dw,
-                              bool allow_tf32, const OptionalTensor& of_gates) {
-  STD_TORCH_CHECK(!of_gates, "dgates must be None on CUDA: no kernel reads it");
-  const Tensors w_hr = w_hr_or_none.value_or(Tensors{});
-  const Inputs in(x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed);
+ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors& w_hh,
+                            const OptionalTensors& bias, const OptionalTensors& w_hr,
+                            const OptionalTensor& h0, const OptionalTensor& c0,
+                            const OptionalTensor& lengths, const OptionalTensor& reset,
+                            int64_t reversed, bool save, bool cells, bool allow_tf32,
+                            const OptionalTensor& packed, int64_t layout, int64_t /*before*/,
+                            int64_t /*after*/) {
+  const Inputs in(x, w_ih, w_hh, w_hr.value_or(Tensors{}), h0, c0, lengths, reset, reversed);
+  return run_forward({}, in, bias, save, cells, allow_tf32, packed, layout);
+}
+
+// t [.., D, B, P] times h_scale, as products read it.
+Tensor scaled_h(const Tensor& t, const Tensor& h_scale) {
+  return torch::stable::to(call("aten::mul", "Tensor", t, h_scale), t.scalar_type());
+}
+
+VariantForwardResult variant_forward(
+    const Tensor& x_in, const OptionalTensors& w_ih, const Tensors& w_hh,
+    const OptionalTensors& bias, const OptionalTensors& w_hr, const OptionalTensor& h0,
+    const OptionalTensor& c0, const OptionalTensor& lengths, const OptionalTensor& reset,
+    int64_t reversed, bool save, bool cells, bool allow_tf32, int64_t forget,
+    int64_t recurrent_activation, int64_t activation, int64_t output_activation, double cell_clip,
+    double zoneout_h, double zoneout_c, const OptionalTensor& peephole, const OptionalTensor& norm,
+    const OptionalTensor& h_scale, const OptionalTensor& seed) {
+  const Tensor x = w_ih ? x_in : torch::stable::contiguous(x_in);
+  const Inputs in(x, w_ih.value_or(Tensors{}), w_hh, w_hr.value_or(Tensors{}), h0, c0, lengths,
+                  reset, reversed);
+  const VariantInputs options(in, forget, recurrent_activation, activation, output_activation,
+                              cell_clip, zoneout_h, zoneout_c, peephole, norm, h_scale, seed);
+  options.check_gates_x(in, bias);
+  const std::tuple<Tensor, Tensor> statistics = options.statistics(in, save);
+  const Variant variant = options.variant(statistics);
+  const OptionalTensor h_operand =
+      in.h0 && options.h_scale ? OptionalTensor(scaled_h(*in.h0, *options.h_scale)) : std::nullopt;
+  RecurrenceForward p{};
+  p.variant = &variant;
+  p.gates_x = w_ih ? nullptr : in.x.data_ptr();
+  p.h_operand = pointer(h_operand);
+  return std::tuple_cat(run_forward(p, in, bias, save, cells, allow_tf32, {}, 0), statistics);
+}
+
+// What only some calls want of backward.
+struct Wanted {
+  bool dx, dw;
+  OptionalTensor h_scale;  // of h where w_hh multiplies it
+};
+
+// p holds what not every call has: with dgates_x there are no weights of inputs here.
+BackwardResult run_backward(RecurrenceBackward p, const Inputs& in, const Gradients& grads,
+                            const Wanted& need, bool allow_tf32) {
   const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
-  const Gradients grads(in, dy, dh_n, dc_n, dc, y, gates, c, in.type);
+  const Tensor& x = in.x;
+  const bool of_input = need.dw && !in.w_ih.empty();
   const Context context(x);
   // Apart each time: results of an op are not the same tensor.
   const auto nothing = [&] { return empty({0}, in.type, x); };
   if (T == 0 || B == 0) {
-    const auto zeros_if = [&](bool wanted, const Sizes& sizes) {
-      return wanted ? state_or_zeros({}, sizes, in.type, x) : nothing();
+    const auto zeros_if = [&](bool wanted, const Sizes& sizes, ScalarType type) {
+      return wanted ? state_or_zeros({}, sizes, type, x) : nothing();
     };
-    return {zeros_if(need_dx, {T, B, inputs * I}),
-            h0 ? state_or_zeros(grads.dh_n, {D, B, P}, in.type, x) : nothing(),
-            c0 ? state_or_zeros(grads.dc_n, {D, B, H}, in.c_type, x) : nothing(),
-            zeros_if(need_dw, {D, 4 * H, I}),
-            zeros_if(need_dw, {D, 4 * H, P}),
-            zeros_if(need_dw, {D, 4 * H}),
-            zeros_if(need_dw && projected, {D, P, H})};
+    return {zeros_if(need.dx, {T, B, inputs * I}, x.scalar_type()),
+            in.h0 ? state_or_zeros(grads.dh_n, {D, B, P}, in.type, x) : nothing(),
+            in.c0 ? state_or_zeros(grads.dc_n, {D, B, H}, in.c_type, x) : nothing(),
+            zeros_if(of_input, {D, 4 * H, I}, in.type),
+            zeros_if(need.dw, {D, 4 * H, P}, in.type),
+            zeros_if(of_input, {D, 4 * H}, in.type),
+            zeros_if(need.dw && projected, {D, P, H}, in.type)};
   }
 
   const int64_t rows = T * B;
   const Tensor dgates = empty({rows, D, 4 * H}, in.type, x);
   const Tensor dh = projected ? empty({rows, D, P}, in.type, x) : nothing();
-  const Tensor dc0 = c0 ? empty({D, B, H}, in.c_type, x) : nothing();
-  const Products products(x, allow_tf32, context.stream);
+  const Tensor dc0 = in.c0 ? empty({D, B, H}, in.c_type, x) : nothing();
+  const Tensor dgates_x =
+      need.dx && in.w_ih.empty() ? empty({T, B, D * 4 * H}, x.scalar_type(), x) : nothing();
+  const Tensor m = need.dw && projected ? empty({rows, D * H}, in.type, x) : nothing();
+  const Products products(in.w_hh[0], allow_tf32, context.stream);
   BackwardCall backward{in,         products, grads.dy,
-                        grads.dh_n, dgates,   h0 ? empty({D, B, P}, in.type, x) : nothing(),
-                        need_dw};
-  RecurrenceBackward& p = backward.p;
-  fill(p, in);
-  p.gates = grads.gates.data_ptr();
-  p.c = grads.c.data_ptr();
-  p.dy = pointer(grads.dy);
-  p.dh_n = pointer(grads.dh_n);
-  p.dc_n = pointer(grads.dc_n);
-  p.dc = pointer(grads.dc);
-  p.dgates = dgates.data_ptr();
-  p.dh = projected ? dh.data_ptr() : nullptr;
-  p.dh0 = h0 ? backward.dh0.data_ptr() : nullptr;
-  p.dc0 = c0 ? dc0.data_ptr() : nullptr;
+                        grads.dh_n, dgates,   in.h0 ? empty({D, B, P}, in.type, x) : nothing(),
+                        need.dw,    p};
+  fill(backward.p, in);
+  backward.p.gates = grads.gates.data_ptr();
+  backward.p.c = grads.c.data_ptr();
+  backward.p.dy = pointer(grads.dy);
+  backward.p.dh_n = pointer(grads.dh_n);
+  backward.p.dc_n = pointer(grads.dc_n);
+  backward.p.dc = pointer(grads.dc);
+  backward.p.dgates = dgates.data_ptr();
+  backward.p.dh = projected ? dh.data_ptr() : nullptr;
+  backward.p.dh0 = in.h0 ? backward.dh0.data_ptr() : nullptr;
+  backward.p.dc0 = in.c0 ? dc0.data_ptr() : nullptr;
+  if (p.variant) {
+    backward.p.dgates_x = need.dx && in.w_ih.empty() ? dgates_x.data_ptr() : nullptr;
+    backward.p.m = need.dw && projected ? m.data_ptr() : nullptr;
+  }
   run(backward, allow_tf32, context);
 
   const Tensor flat = shaped(dgates, {rows, D * 4 * H});
-  Tensor dx = nothing(), dw_ih = nothing(), dw_hh = nothing(), db = nothing(), dw_hr = nothing();
-  if (need_dx) dx = shaped(products.multiply_each(flat, cat(in.w_ih), inputs), {T, B, inputs * I});
-  if (need_dw) {
-    // What stands in x past a row's length must not meet the zeros of dgates: it may be NaN.
-    Tensor x_rows = in.x;
-    if (lengths) {
-      x_rows = empty({rows, inputs * I}, in.type, x);
-      check(copy_input(in.shape, in.x.data_ptr(), in.x.stride(0), in.x.stride(1), p.lengths,
-                       x_rows.data_ptr(), context.stream));
-    }
-    db = shaped(call("aten::sum", "dim_IntList", flat, std::optional<Sizes>(Sizes{0}), false,
-                     std::optional<ScalarType>()),
-                {D, 4 * H});
-    const Tensor h_prev = empty({rows, D * P}, in.type, x);
-    check(copy_previous_h(in.shape, grads.y.data_ptr(), pointer(in.h0), p.lengths, p.reset,
-                          h_prev.data_ptr(), context.stream));
-    std::vector<Products::OverRows> wanted{{flat, x_rows, inputs}, {flat, h_prev, D}};
+  Tensor dx = dgates_x, dw_ih = nothing(), dw_hh = nothing(), db = nothing(), dw_hr = nothing();
+  if (need.dx && !in.w_ih.empty())
+    dx = shaped(products.multiply_each(flat, cat(in.w_ih), inputs), {T, B, inputs * I});
+  if (need.dw) {
+    Tensor h_prev = empty({rows, D * P}, in.type, x);
+    check(copy_previous_h(in.shape, grads.y.data_ptr(), pointer(in.h0), backward.p.lengths,
+                          backward.p.reset, h_prev.data_ptr(), context.stream));
+    if (need.h_scale)
+      h_prev = shaped(scaled_h(shaped(h_prev, {T, B, D, P}), transpose(*need.h_scale, 0, 1)),
+                      {rows, D * P});
+    std::vector<Products::OverRows> wanted{{flat, h_prev, D}};
     if (projected) {
-      const Tensor m = empty({rows, D * H}, in.type, x);
-      check(cell_outputs(in.shape, p.gates, p.c, p.lengths, m.data_ptr(), context.stream));
+      if (!p.variant)
+        check(cell_outputs(in.shape, backward.p.gates, backward.p.c, backward.p.lengths,
+                           m.data_ptr(), context.stream));
       wanted.push_back({shaped(dh, {rows, D * P}), m, D});
     }
+    if (of_input) {
+      // What stands in x past a row's length must not meet the zeros of dgates: it may be NaN.
+      Tensor x_rows = x;
+      if (in.lengths) {
+        x_rows = empty({rows, inputs * I}, in.type, x);
+        check(copy_input(in.shape, x.data_ptr(), x.stride(0), x.stride(1), backward.p.lengths,
+                         x_rows.data_ptr(), context.stream));
+      }
+      db = shaped(sum(flat, 0), {D, 4 * H});
+      wanted.push_back({flat, x_rows, inputs});
+    }
     const Tensors dw = products.over_rows(wanted);
-    dw_ih = shaped(dw[0], {D, 4 * H, I});
-    dw_hh = dw[1];
-    if (projected) dw_hr = dw[2];
+    dw_hh = dw[0];
+    if (projected) dw_hr = dw[1];
+    if (of_input) dw_ih = shaped(dw.back(), {D, 4 * H, I});
   }
   return {dx, backward.dh0, dc0, dw_ih, dw_hh, db, dw_hr};
+}
+
+BackwardResult layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n,
+                              const OptionalTensor& dc_n, const OptionalTensor& dc, const Tensor& x,
+                              const Tensors& w_ih, const Tensors& w_hh, const OptionalTensors& w_hr,
+                              const OptionalTensor& h0, const OptionalTensor& c0,
+                              const OptionalTensor& lengths, const OptionalTensor& reset,
+                              int64_t reversed, const Tensor& y, const Tensor& gates,
+                              const Tensor& c, bool need_dx, bool need_dw, bool allow_tf32,
+                              const OptionalTensor& of_gates) {
+  STD_TORCH_CHECK(!of_gates, "dgates must be None on CUDA: no kernel reads it");
+  const Inputs in(x, w_ih, w_hh, w_hr.value_or(Tensors{}), h0, c0, lengths, reset, reversed);
+  const Gradients grads(in, dy, dh_n, dc_n, dc, y, gates, c, in.type);
+  return run_backward({}, in, grads, {need_dx, need_dw, {}}, allow_tf32);
+}
+
+VariantBackwardResult variant_backward(
+    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+    const OptionalTensor& dc, const Tensor& x, const OptionalTensors& w_ih, const Tensors& w_hh,
+    const OptionalTensors& w_hr, const OptionalTensor& h0, const OptionalTensor& c0,
+    const OptionalTensor& lengths, const OptionalTensor& reset, int64_t reversed, const Tensor& y,
+    const Tensor& gates, const Tensor& c, bool need_dx, bool need_dw, bool allow_tf32,
+    int64_t forget, int64_t recurrent_activation, int64_t activation, int64_t output_activation,
+    double cell_clip, double zoneout_h, double zoneout_c, const OptionalTensor& peephole,
+    const OptionalTensor& norm, const OptionalTensor& h_scale, const OptionalTensor& seed,
+    const Tensor& normed, const Tensor& rstd) {
+  const Inputs in(x, w_ih.value_or(Tensors{}), w_hh, w_hr.value_or(Tensors{}), h0, c0, lengths,
+                  reset, reversed);
+  const VariantInputs options(in, forget, recurrent_activation, activation, output_activation,
+                              cell_clip, zoneout_h, zoneout_c, peephole, norm, h_scale, seed);
+  options.check_gates_x(in, {});
+  const Gradients grads(in, dy, dh_n, dc_n, dc, y, gates, c, in.type);
+  const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
+  const ScalarType compute = compute_type(in.type);
+  const std::tuple<Tensor, Tensor> statistics = options.checked_statistics(in, normed, rstd);
+  Variant variant = options.variant(statistics);
+  const Tensor sums = state_or_zeros({}, {D, B, need_dw ? options.sums() : 0, H}, compute, x);
+  variant.dmore = need_dw && options.sums() > 0 ? sums.data_ptr() : nullptr;
+  RecurrenceBackward p{};
+  p.variant = &variant;
+  const BackwardResult result =
+      run_backward(p, in, grads, {need_dx, need_dw, options.h_scale}, allow_tf32);
+  return std::tuple_cat(result, options.split(sum(sums, 1)));
 }
 
 ScalarType type_of(Arithmetic arithmetic) {
@@ -308,6 +406,8 @@ Tensor pack_weights_ahead(const Tensors& w_hh, const Tensors& w_hr, int64_t layo
 STABLE_TORCH_LIBRARY(lstm_cuda_emulated, m) {
   m.def(lstm_cuda::kForwardSchema);
   m.def(lstm_cuda::kBackwardSchema);
+  m.def(lstm_cuda::kVariantForwardSchema);
+  m.def(lstm_cuda::kVariantBackwardSchema);
   m.def(lstm_cuda::kPackSchema);
 }
 STABLE_TORCH_LIBRARY_IMPL(lstm_cuda_emulated, CPU, m) {
@@ -316,5 +416,7 @@ STABLE_TORCH_LIBRARY_IMPL(lstm_cuda, CUDA, m) {
 #endif
   m.impl("layer_forward", TORCH_BOX(&lstm_cuda::layer_forward));
   m.impl("layer_backward", TORCH_BOX(&lstm_cuda::layer_backward));
+  m.impl("variant_forward", TORCH_BOX(&lstm_cuda::variant_forward));
+  m.impl("variant_backward", TORCH_BOX(&lstm_cuda::variant_backward));
   m.impl("pack_weights", TORCH_BOX(&lstm_cuda::pack_weights_ahead));
 }

@@ -47,7 +47,7 @@ struct ForwardCall {
 
   // Once for all families that are tried.
   void multiply_input() {
-    if (p.gates) return;
+    if (p.gates || p.gates_x) return;
     const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
     gates =
         result_shaped(products.linear_each(in.x, cat(in.w_ih), biases, inputs), {T, B, D, 4 * H});

@@ -156,14 +156,59 @@ VariantInputs::VariantInputs(const Inputs& in, int64_t forget, int64_t recurrent
   seed = checked("seed", seed_in, {1}, ScalarType::Long, in.x);
 }
 
-Variant VariantInputs::variant() const {
+void VariantInputs::check_gates_x(const Inputs& in, const OptionalTensors& bias) const {
+  STD_TORCH_CHECK(!in.w_ih.empty() || !bias, "bias is part of gates_x where there is no w_ih");
+  STD_TORCH_CHECK(!norm || in.w_ih.empty(), "norm needs gates_x, without w_ih");
+}
+
+namespace {
+
+std::tuple<Sizes, Sizes> sizes_of_statistics(const LayerShape& s, bool kept) {
+  if (!kept) return {{0}, {0}};
+  return {{s.T, s.B, s.D, 4 * s.H}, {s.T, s.B, s.D}};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> VariantInputs::statistics(const Inputs& in, bool save) const {
+  const auto [normed, rstd] = sizes_of_statistics(in.shape, save && norm);
+  const ScalarType compute = compute_type(in.type);
+  return {empty(normed, compute, in.x), empty(rstd, compute, in.x)};
+}
+
+std::tuple<Tensor, Tensor> VariantInputs::checked_statistics(const Inputs& in, const Tensor& normed,
+                                                             const Tensor& rstd) const {
+  const auto [normed_sizes, rstd_sizes] = sizes_of_statistics(in.shape, norm.has_value());
+  const ScalarType compute = compute_type(in.type);
+  return {checked("normed", normed, normed_sizes, compute, in.x),
+          checked("rstd", rstd, rstd_sizes, compute, in.x)};
+}
+
+Variant VariantInputs::variant(const std::tuple<Tensor, Tensor>& statistics) const {
+  const auto& [normed, rstd] = statistics;
+  const bool kept = rstd.dim() == 3;
   Variant v{};
   v.cell = cell;
   v.peephole = pointer(peephole);
   v.norm = pointer(norm);
   v.h_scale = pointer(h_scale);
   v.seed = pointer<const int64_t*>(seed);
+  v.normed = kept ? normed.data_ptr() : nullptr;
+  v.rstd = kept ? rstd.data_ptr() : nullptr;
   return v;
+}
+
+std::tuple<Tensor, Tensor> VariantInputs::split(const Tensor& dmore) const {
+  int64_t first = 0;
+  const auto part = [&](int64_t rows) {
+    if (dmore.size(1) == 0 || rows == 0) return empty({0}, dmore.scalar_type(), dmore);
+    Tensor whole = dmore;
+    const Tensor result = torch::stable::clone(torch::stable::narrow(whole, 1, first, rows));
+    first += rows;
+    return result;
+  };
+  Tensor of_peephole = part(peephole ? 3 : 0);
+  return {of_peephole, part(norm ? 6 : 0)};
 }
 
 }  // namespace lstm_cuda

@@ -43,6 +43,10 @@ inline Tensor shaped(const Tensor& t, const Sizes& sizes) { return torch::stable
 inline Tensor result_shaped(const Tensor& t, const Sizes& sizes) {
   return call("aten::_unsafe_view", "", t, sizes);
 }
+inline Tensor sum(const Tensor& t, int64_t dim) {
+  return call("aten::sum", "dim_IntList", t, std::optional<Sizes>(Sizes{dim}), false,
+              std::optional<ScalarType>());
+}
 inline Tensor mm(const Tensor& a, const Tensor& b) { return call("aten::mm", "", a, b); }
 inline Tensor bmm(const Tensor& a, const Tensor& b) { return call("aten::bmm", "", a, b); }
 // sum += a b, of each pair in a batch. Of any strides, as the result of a product may be. (Scalars, as

@@ -57,7 +57,10 @@ LSTM_HOST_DEVICE bool random_keep(int64_t seed, Choice choice, int64_t t, int64_
   PhiloxState<uint32_t> s{
       {random_lane(j), uint32_t(b), uint32_t(t), uint32_t(2 * d) + uint32_t(choice)}};
   philox<ScalarProduct>(s, seed);
-  return s.word[random_word(j)] < random_threshold(probability);
+  const int which = random_word(j);  // an index would put the words into memory
+  const uint32_t word =
+      which < 2 ? (which == 0 ? s.word[0] : s.word[1]) : (which == 2 ? s.word[2] : s.word[3]);
+  return word < random_threshold(probability);
 }
 
 }  // namespace lstm_cuda

@@ -34,8 +34,6 @@ def explain(
     if module.backend == "torch":
         return 'reference: backend="torch" asks for it (plain torch, one step at a time)'
     named = ", ".join(options)
-    if options and kind == "cuda":
-        return f"reference (plain torch): the fused op has no {named} on CUDA yet"
     if options and module.truncate is not None:
         return f"reference (plain torch): the fused op has no truncate with {named}"
     D = 2 if module.bidirectional else 1
@@ -81,7 +79,7 @@ def explain(
                 plan = ops.plan_cpu(*sizes)
             else:
                 asked = device or ops.CudaDevice.of(data.device)
-                plan = ops.plan_cuda(*sizes, tf32_allowed(kind, dtype), asked)
+                plan = ops.plan_cuda(*sizes, tf32_allowed(kind, dtype), asked, bool(options))
             line += f"\n  {'backward' if backward else 'forward'}: "
             line += _in_words(plan)
         lines.append(line)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import heads as blocks
-from . import ops, reference, variant_ops
+from . import ops, reference
 from .layer import fused_layer
 from .packed import PackedWeights
 from .reference import PLAIN, Cell, check_probability
@@ -307,7 +307,7 @@ def _choose_fused(
         )
     # What is exported has an op for the plain cell alone.
     exporting = torch.compiler._is_exporting_flag
-    if extras and (exporting or truncate is not None or not variant_ops.available(device_type)):
+    if extras and (exporting or truncate is not None):
         if not torch.compiler.is_compiling():
             warn_reference(extras + (() if truncate is None else ("truncate",)))
         return False

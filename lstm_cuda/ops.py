@@ -100,10 +100,14 @@ def plan_cuda(
     backward: bool,
     allow_tf32: bool,
     device: CudaDevice,
+    variant: bool = False,
 ) -> dict[str, object]:
     """Which kernel family a layer of these sizes gets on a CUDA device, its parameters, and why.
 
     Needs neither a GPU nor a build with CUDA.
+
+    Args:
+        variant: its cell is another than ``torch.nn.LSTM``'s.
 
     Returns:
         ``kernel``, the family; ``possible``, whether it can run the layer; ``arithmetic`` of
@@ -122,7 +126,7 @@ def plan_cuda(
     name = str(dtype).removeprefix("torch.")
     result: dict[str, object] = _C.plan_cuda(
         T, B, D, features, H, P, name, backward, allow_tf32, device.architecture,
-        device.multiprocessors, device.shared_bytes, device.index,
+        device.multiprocessors, device.shared_bytes, device.index, variant,
     )  # fmt: skip
     return result
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops, reference, variant_ops
 from .differentiation import pulled_back
-from .layer import by_kind, flat_gradients, is_transformed, requires_grad
+from .layer import by_kind, flat_gradients, is_transformed, requires_grad, tf32_allowed
 from .masks import Masks, draw
 from .reference import Cell
 
@@ -43,6 +43,7 @@ def variant_layer(
     """
     D = len(weights)
     dtype = ops.compute_dtype(x.dtype)
+    allow_tf32 = tf32_allowed(x.device.type, x.dtype)
     masks = Masks()
     if training:
         weights, masks = draw(cell, weights, x.shape[1], dtype)
@@ -77,13 +78,13 @@ def variant_layer(
         if c0 is not None and c0 is h0:
             c0 = c0.view_as(c0)  # torch.compile refuses the same tensor twice
         y, h_n, c_n, c = _Layer.apply(
-            reversed, cells, D, cell, x, h0, c0, w_p, norm, lengths, reset, masks.h_scale,
-            masks.seed, *flat,
+            reversed, cells, D, allow_tf32, cell, x, h0, c0, w_p, norm, lengths, reset,
+            masks.h_scale, masks.seed, *flat,
         )  # fmt: skip
         return y, h_n, c_n, c
     y, h_n, c_n, _, c, _, _ = variant_ops.variant_forward(
-        x, *_kinds(flat, D, norm), h0, c0, lengths, reset, reversed, False, cells, cell, w_p, norm,
-        masks,
+        x, *_kinds(flat, D, norm), h0, c0, lengths, reset, reversed, False, cells, allow_tf32, cell,
+        w_p, norm, masks,
     )  # fmt: skip
     return y, h_n, c_n, c
 
@@ -111,6 +112,7 @@ class _Layer(torch.autograd.Function):
         reversed: int,
         cells: bool,
         D: int,
+        allow_tf32: bool,
         cell: Cell,
         x: Tensor,
         h0: Tensor | None,
@@ -124,11 +126,11 @@ class _Layer(torch.autograd.Function):
         *flat: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, h_n, c_n, gates, c, normed, rstd = variant_ops.variant_forward(
-            x, *_kinds(flat, D, norm), h0, c0, lengths, reset, reversed, True, cells, cell,
-            peephole, norm, Masks(h_scale, seed),
+            x, *_kinds(flat, D, norm), h0, c0, lengths, reset, reversed, True, cells, allow_tf32,
+            cell, peephole, norm, Masks(h_scale, seed),
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.reversed, ctx.D, ctx.cell = reversed, D, cell
+        ctx.reversed, ctx.D, ctx.allow_tf32, ctx.cell = reversed, D, allow_tf32, cell
         ctx.save_for_backward(
             x, h0, c0, peephole, norm, lengths, reset, h_scale, seed, y, gates, c, normed, rstd,
             *flat,
@@ -153,23 +155,23 @@ class _Layer(torch.autograd.Function):
         w_ih, w_hh, _, w_hr = _kinds(flat, ctx.D, norm)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _by_reference(ctx, (dy, dh_n, dc_n, dc), masks)
-        needs = ctx.needs_input_grad
-        needs_w = any(needs[7:9]) or any(needs[13:])
+        needs = ctx.needs_input_grad[5:]  # of tensors
+        needs_w = any(needs[3:5]) or any(needs[9:])
         dx, dh0, dc0, *dw, dpeephole, dnorm = variant_ops.variant_backward(
             dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates,
-            c, needs[4], needs_w, ctx.cell, peephole, norm, masks, normed, rstd,
+            c, needs[0], needs_w, ctx.allow_tf32, ctx.cell, peephole, norm, masks, normed, rstd,
         )  # fmt: skip
         if norm is None or not needs_w:
             dflat = flat_gradients(dw, ctx.D, len(flat), needs_w)
         else:
             dflat = [part[d] for part in (dw[1], dw[3])[: len(flat) // ctx.D] for d in range(ctx.D)]
         return (
-            None, None, None, None,
-            dx if needs[4] else None,
-            dh0 if needs[5] else None,
-            dc0 if needs[6] else None,
-            dpeephole if needs[7] else None,
-            dnorm if needs[8] else None,
+            None, None, None, None, None,
+            dx if needs[0] else None,
+            dh0 if needs[1] else None,
+            dc0 if needs[2] else None,
+            dpeephole if needs[3] else None,
+            dnorm if needs[4] else None,
             None, None, None, None,
             *dflat,
         )  # fmt: skip
@@ -199,5 +201,5 @@ def _by_reference(
         )
 
     inputs = (x, h0, c0, peephole, norm, lengths, reset, h_scale, seed, *flat)
-    found = pulled_back(layer, inputs, ctx.needs_input_grad[4:], grads)
-    return (None,) * 4 + tuple(found)
+    found = pulled_back(layer, inputs, ctx.needs_input_grad[5:], grads)
+    return (None,) * 5 + tuple(found)

@@ -1,4 +1,4 @@
-"""The registered ops for other cells than ``torch.nn.LSTM``'s; on CPUs alone so far."""
+"""The registered ops for other cells than ``torch.nn.LSTM``'s."""
 
 from __future__ import annotations
 
@@ -28,11 +28,6 @@ def _options(cell: Cell) -> tuple[int, int, int, int, float, float, float]:
     )
 
 
-def available(device_type: str) -> bool:
-    """Whether the ops run on devices of this type."""
-    return device_type in ("cpu", "meta") and ops.load_error is None
-
-
 def variant_forward(
     x: Tensor,
     w_ih: Sequence[Tensor],
@@ -46,6 +41,7 @@ def variant_forward(
     reversed: int,
     save: bool,
     cells: bool,
+    allow_tf32: bool,
     cell: Cell,
     peephole: Tensor | None,
     norm: Tensor | None,
@@ -56,7 +52,7 @@ def variant_forward(
     Args:
         x: as there; without w_ih, gates_x [T, B, D*4H] in ``ops.compute_dtype``.
         w_ih: D tensors [4H, I], or none; without them there is no bias either.
-        w_hh ... cells: as there.
+        w_hh ... allow_tf32: as there.
         cell: its options, but for ``weight_dropout``.
         peephole: [D, 3, H] (w_ci, w_cf, w_co) or None.
         norm: [D, 6, H] or None: gains of w_hh h in blocks i, f, g, o, gain of c, shift of c. Needs
@@ -71,7 +67,7 @@ def variant_forward(
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = ops.outside_autocast(
         _forward, x.device.type,
         x, w_ih or None, w_hh, bias or None, w_hr or None, h0, c0, lengths, reset, reversed, save,
-        cells, *_options(cell), peephole, norm, masks.h_scale, masks.seed,
+        cells, allow_tf32, *_options(cell), peephole, norm, masks.h_scale, masks.seed,
     )  # fmt: skip
     return result
 
@@ -95,6 +91,7 @@ def variant_backward(
     c: Tensor,
     need_dx: bool,
     need_dw: bool,
+    allow_tf32: bool,
     cell: Cell,
     peephole: Tensor | None,
     norm: Tensor | None,
@@ -111,7 +108,7 @@ def variant_backward(
     result: tuple[Tensor, ...] = ops.outside_autocast(
         _backward, x.device.type,
         dy, dh_n, dc_n, dc, x, w_ih or None, w_hh, w_hr or None, h0, c0, lengths, reset, reversed,
-        y, gates, c, need_dx, need_dw, *_options(cell), peephole, norm, masks.h_scale,
+        y, gates, c, need_dx, need_dw, allow_tf32, *_options(cell), peephole, norm, masks.h_scale,
         masks.seed, normed, rstd,
     )  # fmt: skip
     return result
@@ -130,6 +127,7 @@ def _forward_fake(
     reversed: int,
     save: bool,
     cells: bool,
+    allow_tf32: bool,
     forget: int,
     recurrent_activation: int,
     activation: int,
@@ -145,12 +143,12 @@ def _forward_fake(
     result = ops.layer_forward_fake(
         x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, save, cells, False
     )
-    gates = result[3]
+    gates, dtype = result[3], ops.compute_dtype(w_hh[0].dtype)
     kept = save and norm is not None
     return (
         *result,
-        gates.new_empty(gates.shape if kept else 0),
-        gates.new_empty(gates.shape[:3] if kept else 0),
+        gates.new_empty(gates.shape if kept else 0, dtype=dtype),
+        gates.new_empty(gates.shape[:3] if kept else 0, dtype=dtype),
     )
 
 
@@ -173,6 +171,7 @@ def _backward_fake(
     c: Tensor,
     need_dx: bool,
     need_dw: bool,
+    allow_tf32: bool,
     forget: int,
     recurrent_activation: int,
     activation: int,

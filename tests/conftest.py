@@ -8,7 +8,7 @@ import pytest
 import torch
 from emulation import build, python_module
 
-from lstm_cuda import ops
+from lstm_cuda import ops, variant_ops
 
 # cuBLAS is deterministic only with a workspace of fixed size, and reads this when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -31,6 +31,9 @@ def emulator() -> Any:
     module = python_module.load(python_module.compile_module())
     torch.library.register_fake("lstm_cuda_emulated::layer_forward", ops.layer_forward_fake)
     torch.library.register_fake("lstm_cuda_emulated::layer_backward", ops.layer_backward_fake)
+    for name in ("variant_forward", "variant_backward"):
+        fake = getattr(variant_ops, f"_{name.split('_')[1]}_fake")
+        torch.library.register_fake(f"lstm_cuda_emulated::{name}", fake)
     return module
 
 
@@ -40,6 +43,8 @@ def emulated_ops(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     library = torch.ops.lstm_cuda_emulated
     monkeypatch.setattr(ops, "_forward", library.layer_forward.default)
     monkeypatch.setattr(ops, "_backward", library.layer_backward.default)
+    monkeypatch.setattr(variant_ops, "_forward", library.variant_forward.default)
+    monkeypatch.setattr(variant_ops, "_backward", library.variant_backward.default)
     monkeypatch.setattr(ops, "_pack", library.pack_weights.default)
     monkeypatch.setattr(ops, "saved_gates_dtype", lambda x: x.dtype)
     monkeypatch.setattr(ops, "in_pieces", lambda x: False)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from helpers import BOUNDS, NAMES, assert_equal, close, error
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
@@ -226,6 +227,7 @@ def test_autocast() -> None:
 
 def test_compile() -> None:
     m, x = module("cpu", num_layers=2, bidirectional=True), draw(T, B, FEATURES)
+    torch._dynamo.reset()
     compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
     expected, found = m(x)[0], compiled(x)[0]
     close(found, expected)

@@ -403,6 +403,7 @@ def test_one_compiled_graph_holds_for_all_lengths() -> None:
     torch._dynamo.reset()
     lstm = FusedLSTM(3, 4, bidirectional=True, checkpoint=3, truncate=6, dtype=torch.float64)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
     compiled = torch.compile(lstm, fullgraph=True, dynamic=True, backend=counter)
     graphs = 0
     for T, B in [(7, 5), (12, 6), (25, 2)]:

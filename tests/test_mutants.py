@@ -20,11 +20,13 @@ pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(buil
 
 MICRO_KERNELS = "tests/emulation/micro_kernels.cuh"
 RECURRENCE = "tests/emulation/recurrence.cpp"
+VARIANTS = "tests/emulation/variants.cpp"
 RESIDENT = "tests/emulation/resident.cpp"
 SMALL = {f: f"tests/emulation/small_{f}.cpp" for f in ("cluster", "group")}
 # What drivers need of csrc/cuda.
 KERNELS = {
     RECURRENCE: ["plan.cpp", "prepare.cu", "rec_cta_*.cu", "rec_step.cu", "step_*.cu"],
+    VARIANTS: ["plan.cpp", "prepare.cu", "rec_step.cu", "step_project.cu", "variant_*.cu"],
     RESIDENT: ["plan.cpp", "pack.cu", "rec_cluster*.cu", "rec_group*.cu"],
     SMALL["cluster"]: ["plan.cpp", "pack.cu"],
     SMALL["group"]: ["plan.cpp", "pack.cu"],
@@ -53,6 +55,16 @@ def of_family(
     return Mutant(f"{family}_{name}", path, old, new, variant, RECURRENCE, arguments, count)
 
 
+def of_variants(
+    name: str, file: str, old: str, new: str, variant: str, case: int, count: int = 1
+) -> Mutant:
+    """A mutant of rec_step for other cells, which one case of variants.cpp notices."""
+    arguments = ("float32", "reverse", "0", str(case))
+    return Mutant(
+        f"variant_{name}", f"csrc/cuda/{file}", old, new, variant, VARIANTS, arguments, count
+    )
+
+
 cta = functools.partial(of_family, "rec_cta")
 step = functools.partial(of_family, "rec_step")
 
@@ -74,6 +86,47 @@ BUSY, SPLIT, CHUNKS, DIFFERENT_ROWS, NAN, TURNS, CHUNKS_IN_TURNS = 0, 1, 2, 12, 
 
 
 MUTANTS = [
+    of_variants(
+        "sums_read_before_they_are_there",
+        "step_product.cuh",
+        "    ptx::block_sync();  // all sums are there\n",
+        "",
+        "tsan",
+        0,
+    ),
+    of_variants(
+        "totals_read_too_early",
+        "step_variant.cuh",
+        "    ptx::block_sync();  // the totals of all warps are there\n",
+        "",
+        "tsan",
+        1,
+    ),
+    of_variants(
+        "totals_overwritten_while_they_are_read",
+        "step_variant.cuh",
+        "    ptx::block_sync();  // they are read no more\n",
+        "",
+        "tsan",
+        1,
+    ),
+    of_variants(
+        "rows_without_waiting_for_their_products",
+        "step_variant.cuh",
+        "  ptx::dependency_wait();\n",
+        "",
+        "tsan",
+        1,
+        count=2,
+    ),
+    of_variants(
+        "units_past_the_last",
+        "step_product.cuh",
+        "if (unit >= o_.rows || b >= o_.B) continue;",
+        "if (b >= o_.B) continue;",
+        "asan",
+        0,
+    ),
     Mutant(
         "block_sync_missing_before_a_read",
         MICRO_KERNELS,

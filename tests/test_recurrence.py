@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from emulation import build
-from test_mutants import RECURRENCE, RESIDENT, SMALL, sources
+from test_mutants import RECURRENCE, RESIDENT, SMALL, VARIANTS, sources
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
 
@@ -37,7 +37,7 @@ def program(driver: str, variant: str) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _build_at_once() -> None:
     """All programs in parallel; those that a test cannot build fail there."""
-    wanted = [(d, v) for d in (RECURRENCE, *SMALL.values()) for v in RUNS]
+    wanted = [(d, v) for d in (RECURRENCE, VARIANTS, *SMALL.values()) for v in RUNS]
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(program, *w) for w in wanted if not build.unavailable(w[1])]
         for job in [*jobs, pool.submit(program, RESIDENT, "plain")]:
@@ -58,6 +58,18 @@ def test_right_and_clean(family: str, arithmetic: str, variant: str) -> None:
         pytest.skip(reason)
     for order in RUNS[variant]:
         assert_right(RECURRENCE, variant, order, family, arithmetic)
+
+
+# Arithmetics differ in their products alone, which the test above has all of.
+@pytest.mark.parametrize(
+    "arithmetic, variant",
+    [(a, v) for a in ARITHMETICS for v in RUNS if v == "plain" or a in ("float64", "bfloat16")],
+)
+def test_other_cells_in_every_order(arithmetic: str, variant: str) -> None:
+    if reason := build.unavailable(variant):
+        pytest.skip(reason)
+    for order in RUNS[variant]:
+        assert_right(VARIANTS, variant, order, arithmetic)
 
 
 # ThreadSanitizer takes ten seconds, and these two differ in all that can race: parts of operands,

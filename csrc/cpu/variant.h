@@ -7,7 +7,6 @@
 namespace lstm_cuda::LSTM_CPU_ISA {
 
 constexpr int64_t kChoices = 64;  // rows of choices are made in runs of so many units
-constexpr double kNormEpsilon = 1e-5;
 
 struct VectorProduct {
   using U = Vec<uint32_t>;

@@ -27,6 +27,10 @@ struct RecurrenceForward {
   void* h_n;    // [D, B, P] Element
   void* c_n;    // [D, B, H] Element (wide_c: compute)
   void* c;      // [T, B, D, H] compute, or null; zeros past a row's length
+  // Of other cells, which rec_step alone runs:
+  const Variant* variant;  // null: torch.nn.LSTM's; normed and rstd are written if `save`
+  const void* gates_x;     // [T, B, D, 4H] compute: then nothing is read from gates; or null
+  const void* h_operand;   // h0 times h_scale, Element; null without one of them
 };
 
 struct RecurrenceBackward {
@@ -48,6 +52,11 @@ struct RecurrenceBackward {
   void* dh0;          // [D, B, P] Element, or null (not wanted)
   void* dc0;          // [D, B, H] Element (wide_c: compute), or null
   bool wide_c;        // as in forward; dc_n and dc0 too
+  // Of other cells:
+  const Variant* variant;  // as in forward; dmore: [D, B, 3 + 6, H], where each batch row adds its
+                           // own, or null. With norm dgates is the gradient of w_hh h
+  void* dgates_x;          // [T, B, D, 4H] compute, that of gates_x; or null
+  void* m;  // [T, B, D, H] Element, the unprojected output, zeros past a row's length; or null
 };
 
 // The weights of families rec_cluster and rec_group, as pack.h makes them.
@@ -59,7 +68,8 @@ struct PackedWeights {
 
 // Each returns as soon as the work is on the stream. T and B are at least 1. `scratch` is device
 // memory of at least the size that the plan names (uninitialised, aligned to 256 bytes).
-int64_t rec_step_scratch(const LayerShape& shape, const CudaPlan& plan, bool backward);
+int64_t rec_step_scratch(const LayerShape& shape, const CudaPlan& plan, const Variant* variant,
+                         bool backward);
 Status rec_step_forward(const RecurrenceForward& p, const CudaPlan& plan, void* scratch,
                         Stream stream);
 Status rec_step_backward(const RecurrenceBackward& p, const CudaPlan& plan, void* scratch,

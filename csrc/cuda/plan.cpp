@@ -124,12 +124,13 @@ const char* why_not_resident(Family family, const LayerShape& s, Arithmetic arit
 }
 
 // Why the family cannot run it; null if it can.
-const char* why_not(Family family, const LayerShape& s, Arithmetic arithmetic,
+const char* why_not(Family family, const LayerShape& s, Arithmetic arithmetic, bool variant,
                     const CudaDevice& device) {
   if (device.architecture < 80) return "the device is older than compute capability 8.0";
   if (family == Family::rec_step)
     return device.shared_bytes < step_shared_bytes(StepTile::small) ? words(family).shared
                                                                     : nullptr;
+  if (variant) return "only rec_step has other cells than torch.nn.LSTM's";
   if (s.T > kMostOfCta) return words(family).counts;
   if (family != Family::rec_cta) return why_not_resident(family, s, arithmetic, device);
   if (s.H > widest_cta(arithmetic)) return words(family).wide;
@@ -184,7 +185,7 @@ CudaPlan plan_family(Family family, const LayerShape& s, Arithmetic arithmetic,
   CudaPlan plan{};
   plan.family = family;
   plan.arithmetic = arithmetic;
-  plan.reason = why_not(family, s, arithmetic, device);
+  plan.reason = why_not(family, s, arithmetic, request.variant, device);
   plan.possible = !plan.reason;
   if (!plan.possible) return plan;
   plan.reason = words(family).chosen;

@@ -58,6 +58,7 @@ struct CudaRequest {
   int refused;  // bit k: Family k could not be launched on this device before
   // Of a forced rec_cluster or rec_group: batch rows, and turns; 0: free.
   int columns = 0, turns = 0;
+  bool variant = false;  // another cell than torch.nn.LSTM's
 };
 
 // Shared memory of a block of rec_step.

@@ -42,10 +42,12 @@ struct Memory {
   Matrices ring;        // forward: h [2D, B, P]; backward: dgates [2D, B, 4H]
   Matrices hand;        // forward: m [D, B, H]; backward: dh [D, B, P]; if projected
   int64_t state;        // c or dc [D, B, H], compute
+  int64_t h_state;      // h or dh [D, B, P], compute, with zoneout of h; else -1
+  int64_t row;          // of rows with norm, [D, B, 5H] or [D, B, 8H], compute; else -1
   int64_t total;
 
-  Memory(const LayerShape& s, const CudaPlan& plan, bool backward) {
-    const int64_t bytes = element_bytes(plan.arithmetic);
+  Memory(const LayerShape& s, const CudaPlan& plan, const Variant* variant, bool backward) {
+    const int64_t bytes = element_bytes(plan.arithmetic), wide = compute_bytes(plan.arithmetic);
     const int64_t columns = round_up(s.B, tile_columns(plan.tile));
     total = 0;
     const auto take = [&](int64_t count, int64_t rows, int64_t pitch) {
@@ -60,11 +62,17 @@ struct Memory {
     projection = backward ? take(projected, s.H, h_pitch) : take(projected, s.P, m_pitch);
     ring = take(2 * s.D, columns, backward ? g_pitch : h_pitch);
     hand = take(projected, columns, backward ? h_pitch : m_pitch);
-    state = take(s.D, s.B, s.H * compute_bytes(plan.arithmetic)).offset;
+    state = take(s.D, s.B, s.H * wide).offset;
+    h_state = variant && variant->cell.zoneout_h > 0 ? take(s.D, s.B, s.P * wide).offset : -1;
+    row = variant && variant->norm ? take(s.D, s.B, (backward ? 8 : 5) * s.H * wide).offset : -1;
   }
 };
 
 std::byte* at(void* scratch, int64_t offset) { return static_cast<std::byte*>(scratch) + offset; }
+// The same of what is not always there.
+std::byte* at_or_null(void* scratch, int64_t offset) {
+  return offset < 0 ? nullptr : at(scratch, offset);
+}
 
 // Weights and state that lie as w and m do; weights that are read in place have the same pitch.
 StepOperands operands(const void* weights, const Matrices& w, const void* state, const Matrices& m,
@@ -99,9 +107,10 @@ struct Jobs {
     add({PrepareJob::From::memory, source, s.B * columns, s.D, columns, 1, s.B, columns, 1, to,
          false, matrices, m.rows, pitch, pitch, pitch});
   }
-  void state(const void* source, bool wide, void* to) {
+  void state(const void* source, bool wide, void* to, int64_t columns) {
     const auto from = wide ? PrepareJob::From::compute : PrepareJob::From::memory;
-    add({from, source, s.B * s.H, s.D, s.H, 1, s.B, s.H, 1, to, true, s.D, s.B, s.H, s.H, s.H});
+    add({from, source, s.B * columns, s.D, columns, 1, s.B, columns, 1, to, true, s.D, s.B, columns,
+         columns, columns});
   }
 };
 
@@ -113,14 +122,15 @@ bool readable(const LayerShape& s, Arithmetic a, const void* w, int64_t row_byte
 
 }  // namespace
 
-int64_t rec_step_scratch(const LayerShape& shape, const CudaPlan& plan, bool backward) {
-  return Memory(shape, plan, backward).total;
+int64_t rec_step_scratch(const LayerShape& shape, const CudaPlan& plan, const Variant* variant,
+                         bool backward) {
+  return Memory(shape, plan, variant, backward).total;
 }
 
 Status rec_step_forward(const RecurrenceForward& p, const CudaPlan& plan, void* scratch,
                         Stream stream) {
   const LayerShape& s = p.shape;
-  const Memory memory(s, plan, false);
+  const Memory memory(s, plan, p.variant, false);
   const int64_t bytes = element_bytes(plan.arithmetic);
   std::byte* const ring = at(scratch, memory.ring.offset);
   std::byte* const hand = at(scratch, memory.hand.offset);
@@ -144,8 +154,10 @@ Status rec_step_forward(const RecurrenceForward& p, const CudaPlan& plan, void* 
     }
     jobs.fill(nullptr, s.H, hand, memory.hand, s.D);
   }
-  jobs.fill(p.h0, s.P, ring, memory.ring, 2 * s.D);
-  jobs.state(p.c0, p.wide_c, at(scratch, memory.state));
+  jobs.fill(p.h_operand ? p.h_operand : p.h0, s.P, ring, memory.ring, 2 * s.D);
+  jobs.state(p.c0, p.wide_c, at(scratch, memory.state), s.H);
+  std::byte* const h_state = at_or_null(scratch, memory.h_state);
+  if (h_state) jobs.state(p.h0, false, h_state, s.P);
   Status status = launch_prepare(jobs.prepare, plan.arithmetic, stream);
 
   // Step s reads slot s % 2 and fills the other.
@@ -168,7 +180,15 @@ Status rec_step_forward(const RecurrenceForward& p, const CudaPlan& plan, void* 
     const Matrices& out = s.projected ? memory.hand : memory.ring;
     cell.out_pitch = out.pitch, cell.out_stride_d = out.stride();
     const bool overlap = plan.overlap && step > 0;
-    status = launch_step_forward(cell, plan, overlap, stream);
+    if (p.variant) {
+      cell.variant = *p.variant;
+      cell.gates_x = p.gates_x;
+      cell.h_state = h_state;
+      cell.row = at_or_null(scratch, memory.row);
+      status = launch_variant_forward(cell, plan, overlap, stream);
+    } else {
+      status = launch_step_forward(cell, plan, overlap, stream);
+    }
     if (!s.projected || !status.ok()) continue;
 
     StepProject project{};
@@ -181,7 +201,9 @@ Status rec_step_forward(const RecurrenceForward& p, const CudaPlan& plan, void* 
     project.y = p.y, project.h_n = p.h_n;
     project.out = next, project.kept = now;
     project.out_pitch = memory.ring.pitch, project.out_stride_d = memory.ring.stride();
-    status = launch_step_project(project, plan, plan.overlap, stream);
+    if (p.variant) project.variant = *p.variant;
+    project.state = h_state;
+    status = launch_step_project(project, plan, p.variant, plan.overlap, stream);
   }
   return status;
 }
@@ -189,7 +211,7 @@ Status rec_step_forward(const RecurrenceForward& p, const CudaPlan& plan, void* 
 Status rec_step_backward(const RecurrenceBackward& p, const CudaPlan& plan, void* scratch,
                          Stream stream) {
   const LayerShape& s = p.shape;
-  const Memory memory(s, plan, true);
+  const Memory memory(s, plan, p.variant, true);
   std::byte* const ring = at(scratch, memory.ring.offset);
   std::byte* const hand = at(scratch, memory.hand.offset);
   std::byte* const w_hh = at(scratch, memory.weights.offset);
@@ -203,7 +225,9 @@ Status rec_step_backward(const RecurrenceBackward& p, const CudaPlan& plan, void
     jobs.fill(nullptr, s.P, hand, memory.hand, s.D);
   }
   jobs.fill(nullptr, 4 * s.H, ring, memory.ring, 2 * s.D);
-  jobs.state(nullptr, false, at(scratch, memory.state));
+  jobs.state(nullptr, false, at(scratch, memory.state), s.H);
+  std::byte* const dh_state = at_or_null(scratch, memory.h_state);
+  if (dh_state) jobs.state(nullptr, false, dh_state, s.P);
   Status status = launch_prepare(jobs.prepare, plan.arithmetic, stream);
 
   StepProject project{};
@@ -214,6 +238,8 @@ Status rec_step_backward(const RecurrenceBackward& p, const CudaPlan& plan, void
   project.dh = p.dh, project.dh0 = p.dh0;
   project.out = hand;
   project.out_pitch = memory.hand.pitch, project.out_stride_d = memory.hand.stride();
+  if (p.variant) project.variant = *p.variant;
+  project.state = dh_state;
 
   // Step s reads slot (s + 1) % 2 and fills slot s % 2.
   for (int64_t step = s.T - 1; step >= 0 && status.ok(); --step) {
@@ -226,7 +252,7 @@ Status rec_step_backward(const RecurrenceBackward& p, const CudaPlan& plan, void
       project.step = step;
       project.product.state = now;
       project.product.depth = first ? 0 : memory.ring.pitch;
-      status = launch_step_project(project, plan, overlap, stream);
+      status = launch_step_project(project, plan, p.variant, overlap, stream);
       if (!status.ok()) break;
       overlap = plan.overlap;
     }
@@ -245,14 +271,22 @@ Status rec_step_backward(const RecurrenceBackward& p, const CudaPlan& plan, void
     cell.out = next, cell.kept = now;
     cell.out_pitch = memory.ring.pitch, cell.out_stride_d = memory.ring.stride();
     cell.gate_pitch = memory.ring.pitch / 4;
-    status = launch_step_backward(cell, plan, overlap, stream);
+    if (p.variant) {
+      cell.variant = *p.variant;
+      cell.dgates_x = p.dgates_x, cell.m = p.m;
+      cell.dh_state = dh_state;
+      cell.row = at_or_null(scratch, memory.row);
+      status = launch_variant_backward(cell, plan, overlap, stream);
+    } else {
+      status = launch_step_backward(cell, plan, overlap, stream);
+    }
   }
   if (status.ok() && p.dh0) {
     project.what = Projection::dh0;
     project.step = 0;
     project.product.state = ring;
     project.product.depth = memory.ring.pitch;
-    status = launch_step_project(project, plan, plan.overlap, stream);
+    status = launch_step_project(project, plan, p.variant, plan.overlap, stream);
   }
   return status;
 }

@@ -16,11 +16,14 @@
 // Launches may overlap: a block waits for the launch before it just before it reads state, and lets
 // the next one start only then. So whatever was launched two before has ended for certain, and
 // weights, packed before the first step, may be read earlier.
+//
+// Kernels of other cells (step_variant.cuh) take the same places and share what surrounds a cell.
 #pragma once
 
 #include "../schedule.h"
 #include "families.h"
 #include "step_product.cuh"
+#include "variant.cuh"
 
 namespace lstm_cuda {
 
@@ -39,6 +42,11 @@ struct StepForward {
   void* out;                        // the next slot of h_ring, or m: what the next product reads
   const void* kept;                 // the last slot of h_ring (not projected)
   int64_t out_pitch, out_stride_d;  // bytes
+  // Of other cells:
+  Variant variant;
+  const void* gates_x;
+  void* h_state;  // [D, B, P] compute, h of the step before; null without zoneout of h
+  void* row;  // [D, B, 5H] compute, with norm: w_hh h, for the kernel of rows, and room; or null
 };
 
 struct StepBackward {
@@ -56,12 +64,22 @@ struct StepBackward {
   const void* kept;                 // its last slot
   int64_t out_pitch, out_stride_d;  // bytes
   int64_t gate_pitch;               // bytes from gate to gate in a row of dgates_ring
+  // Of other cells:
+  Variant variant;
+  void *dgates_x, *m;
+  void* dh_state;  // [D, B, P] compute, what zoneout leaves to the h before; or null
+  void* row;       // [D, B, 8H] compute, with norm: dm, and room for the kernel of rows; or null
 };
 
 // How each is started; defined in the .cu file of the kernel's name.
 Status launch_step_forward(const StepForward& p, const CudaPlan& plan, bool overlap, Stream stream);
 Status launch_step_backward(const StepBackward& p, const CudaPlan& plan, bool overlap,
                             Stream stream);
+// Of other cells.
+Status launch_variant_forward(const StepForward& p, const CudaPlan& plan, bool overlap,
+                              Stream stream);
+Status launch_variant_backward(const StepBackward& p, const CudaPlan& plan, bool overlap,
+                               Stream stream);
 
 enum class Projection {
   h,    // forward: h = w_hr m
@@ -81,9 +99,13 @@ struct StepProject {
   void* out;                        // h: the next slot of h_ring; dh: the operand dh
   const void* kept;                 // h: the last slot of h_ring
   int64_t out_pitch, out_stride_d;  // bytes
+  // Of other cells:
+  Variant variant;
+  void* state;  // h: h_state; dh, dh0: dh_state
 };
 
-Status launch_step_project(const StepProject& p, const CudaPlan& plan, bool overlap, Stream stream);
+Status launch_step_project(const StepProject& p, const CudaPlan& plan, bool variant, bool overlap,
+                           Stream stream);
 
 template <Arithmetic arithmetic>
 struct StepTypes : Types<arithmetic> {
@@ -111,6 +133,160 @@ constexpr unsigned step_blocks() {
   return StepTileOf<tile>::kBlocks - (arithmetic == Arithmetic::float64 ? 1 : 0);
 }
 
+// A cell of one step, and where it is.
+struct Place : UnitOfStep {
+  int64_t cell;   // in [T, B, D, H]
+  int64_t gates;  // its gate i in [T, B, D, 4H]
+  int64_t state;  // in [D, B, H]
+  int64_t out;    // in `out` and `kept`, bytes
+};
+template <Arithmetic arithmetic, class Step>
+LSTM_DEVICE Place place_of(const Step& p, int64_t t, int64_t d, int64_t b, int64_t unit) {
+  constexpr int64_t bytes = sizeof(typename Types<arithmetic>::Element);
+  const int64_t B = p.shape.B, D = p.shape.D, H = p.shape.H, row = (t * B + b) * D + d;
+  return {{t, d, b, unit},
+          row * H + unit,
+          row * 4 * H + unit,
+          (d * B + b) * H + unit,
+          d * p.out_stride_d + b * p.out_pitch + unit * bytes};
+}
+
+// ---- around a cell, forward ----
+
+// Whether the cell takes part in the step. If not, its results and its state are done with here.
+template <Arithmetic arithmetic>
+LSTM_DEVICE bool takes_part(const StepForward& p, const Schedule& schedule, const Place& at) {
+  using T = StepTypes<arithmetic>;
+  using Compute = typename T::Compute;
+  if (p.step == 0 && schedule.length(at.b) == 0) {
+    store_either<arithmetic>(p.c_n, p.wide_c, at.state,
+                             load_either<arithmetic>(p.c0, p.wide_c, at.state));
+    if (!p.shape.projected)
+      T::at(p.h_n, 0)[at.state] = T::element(T::value_or_zero(p.h0, at.state));
+  }
+  if (schedule.active(at.t, at.b)) return true;
+  if (p.c) static_cast<Compute*>(p.c)[at.cell] = 0;
+  if (!p.shape.projected) {
+    T::at(p.y, 0)[at.cell] = T::element(Compute(0));
+    *T::at(p.out, at.out) = *T::at(p.kept, at.out);
+  }
+  return false;
+}
+
+template <Arithmetic arithmetic>
+LSTM_DEVICE auto state_before(const StepForward& p, const Place& at, bool fresh) {
+  using Compute = typename Types<arithmetic>::Compute;
+  const Compute* const c_state = static_cast<const Compute*>(p.c_state) + at.state;
+  return fresh ? Compute(0) : *c_state;
+}
+
+// State for the step after, and results: c, and h (projected: m) as it is and as products read it.
+template <Arithmetic arithmetic, class Compute, class Element>
+LSTM_DEVICE void keep_cell(const StepForward& p, const Schedule& schedule, const Place& at,
+                           const Cell<Compute>& cell, Compute c, Element h, Element read) {
+  using T = StepTypes<arithmetic>;
+  const int64_t H = p.shape.H;
+  *T::at(p.out, at.out) = read;
+  static_cast<Compute*>(p.c_state)[at.state] = c;
+  if (p.c) static_cast<Compute*>(p.c)[at.cell] = c;
+  if (p.save) {
+    Element* const gates = T::at(p.gates, 0) + at.gates;
+    gates[0] = T::element(cell.i);
+    gates[H] = T::element(cell.f);
+    gates[2 * H] = T::element(cell.g);
+    gates[3 * H] = T::element(cell.o);
+  }
+  if (!p.shape.projected) T::at(p.y, 0)[at.cell] = h;
+  if (at.t == schedule.last(at.b)) {
+    store_either<arithmetic>(p.c_n, p.wide_c, at.state, c);
+    if (!p.shape.projected) T::at(p.h_n, 0)[at.state] = h;
+  }
+}
+
+// ---- around a cell, backward ----
+
+template <Arithmetic arithmetic>
+LSTM_DEVICE bool takes_part(const StepBackward& p, const Schedule& schedule, const Place& at) {
+  using T = StepTypes<arithmetic>;
+  if (p.dc0 && p.step == 0 && schedule.length(at.b) == 0)
+    store_either<arithmetic>(p.dc0, p.wide_c, at.state,
+                             load_either<arithmetic>(p.dc_n, p.wide_c, at.state));
+  if (schedule.active(at.t, at.b)) return true;
+  LSTM_UNROLL
+  for (int gate = 0; gate < 4; ++gate) {
+    const int64_t out = at.out + gate * p.gate_pitch;
+    T::at(p.dgates, 0)[at.gates + gate * p.shape.H] = T::element(typename T::Compute(0));
+    *T::at(p.out, out) = *T::at(p.kept, out);
+  }
+  return false;
+}
+
+// No gradient comes over a boundary: not from the step that was processed before this one.
+template <class Step>
+LSTM_DEVICE bool is_carried(const Step& p, const Schedule& schedule, int64_t b) {
+  return p.step + 1 < p.shape.T && !schedule.fresh(schedule.time(p.step + 1), b);
+}
+
+// What comes to h from outside the recurrence.
+template <Arithmetic arithmetic, class Step>
+LSTM_DEVICE auto outer_gradient(const Step& p, int64_t y_at, int64_t state_at, bool last) {
+  using T = StepTypes<arithmetic>;
+  typename T::Compute dh = T::value_or_zero(p.dy, y_at);
+  if (last) dh += T::value_or_zero(p.dh_n, state_at);
+  return dh;
+}
+
+// What comes to c, but through h.
+template <Arithmetic arithmetic>
+LSTM_DEVICE auto later_gradient(const StepBackward& p, const Place& at, bool carried, bool last) {
+  using Compute = typename Types<arithmetic>::Compute;
+  Compute dc = carried ? static_cast<const Compute*>(p.dc_state)[at.state] : Compute(0);
+  if (p.dc) dc += static_cast<const Compute*>(p.dc)[at.cell];
+  if (last) dc += load_either<arithmetic>(p.dc_n, p.wide_c, at.state);
+  return dc;
+}
+
+// The cell that forward left, and c before it.
+template <Arithmetic arithmetic, class Compute>
+LSTM_DEVICE Compute load_cell(const StepBackward& p, const Schedule& schedule, const Place& at,
+                              bool fresh, Cell<Compute>& cell) {
+  using T = StepTypes<arithmetic>;
+  const int64_t B = p.shape.B, D = p.shape.D, H = p.shape.H;
+  const Compute* const c = static_cast<const Compute*>(p.c);
+  const int64_t before = schedule.previous(at.t, at.b);
+  cell.i = T::value(p.gates, at.gates);
+  cell.f = T::value(p.gates, at.gates + H);
+  cell.g = T::value(p.gates, at.gates + 2 * H);
+  cell.o = T::value(p.gates, at.gates + 3 * H);
+  cell.c = c[at.cell];
+  if (fresh) return Compute(0);
+  return before < 0 ? load_either<arithmetic>(p.c0, p.wide_c, at.state)
+                    : c[((before * B + at.b) * D + at.d) * H + at.unit];
+}
+
+// The gradients of the gates, as a result and as the next product reads them.
+template <Arithmetic arithmetic, class Compute>
+LSTM_DEVICE void keep_gradients(const StepBackward& p, const Place& at, const Cell<Compute>& grad) {
+  using T = StepTypes<arithmetic>;
+  const typename T::Element rounded[4] = {T::element(grad.i), T::element(grad.f),
+                                          T::element(grad.g), T::element(grad.o)};
+  LSTM_UNROLL
+  for (int gate = 0; gate < 4; ++gate) {
+    T::at(p.dgates, 0)[at.gates + gate * p.shape.H] = rounded[gate];
+    *T::at(p.out, at.out + gate * p.gate_pitch) = operand<arithmetic>(rounded[gate]);
+  }
+}
+
+template <Arithmetic arithmetic, class Compute>
+LSTM_DEVICE void keep_dc(const StepBackward& p, const Schedule& schedule, const Place& at,
+                         bool fresh, Compute dc) {
+  static_cast<Compute*>(p.dc_state)[at.state] = dc;
+  if (p.dc0 && at.t == schedule.first(at.b))
+    store_either<arithmetic>(p.dc0, p.wide_c, at.state, fresh ? Compute(0) : dc);
+}
+
+// ---- kernels ----
+
 template <Arithmetic arithmetic, StepTile tile>
 LSTM_KERNEL(StepTileOf<tile>::kThreads, step_blocks<arithmetic, tile>())
 step_forward(LSTM_PARAMETER StepForward p) {
@@ -127,47 +303,18 @@ step_forward(LSTM_PARAMETER StepForward p) {
   });
   product.run();
   product.each([&](int64_t unit, int64_t b, const Compute(&sums)[4]) {
-    const int64_t cell_at = ((t * B + b) * D + d) * H + unit;  // in [T, B, D, H]
-    const int64_t state_at = (d * B + b) * H + unit;           // in [D, B, H]
-    Compute* const c_state = static_cast<Compute*>(p.c_state) + state_at;
-    const int64_t out_at = d * p.out_stride_d + b * p.out_pitch + unit * int64_t(sizeof(Element));
-    if (p.step == 0 && schedule.length(b) == 0) {
-      store_either<arithmetic>(p.c_n, p.wide_c, state_at,
-                               load_either<arithmetic>(p.c0, p.wide_c, state_at));
-      if (!p.shape.projected)
-        T::at(p.h_n, 0)[state_at] = T::element(T::value_or_zero(p.h0, state_at));
-    }
-    if (!schedule.active(t, b)) {
-      if (p.c) static_cast<Compute*>(p.c)[cell_at] = 0;
-      if (!p.shape.projected) {
-        T::at(p.y, 0)[cell_at] = T::element(Compute(0));
-        *T::at(p.out, out_at) = *T::at(p.kept, out_at);
-      }
-      return;
-    }
-    Element* const x = gates + ((t * B + b) * D + d) * 4 * H + unit;
+    const Place at = place_of<arithmetic>(p, t, d, b, unit);
+    if (!takes_part<arithmetic>(p, schedule, at)) return;
+    const Element* const x = gates + at.gates;
     const bool fresh = schedule.fresh(t, b);
     Cell<Compute> cell;
     cell.i = to_compute(x[0]) + (fresh ? 0 : sums[0]);
     cell.f = to_compute(x[H]) + (fresh ? 0 : sums[1]);
     cell.g = to_compute(x[2 * H]) + (fresh ? 0 : sums[2]);
     cell.o = to_compute(x[3 * H]) + (fresh ? 0 : sums[3]);
-    cell_forward<DeviceMath<arithmetic>>(cell, fresh ? Compute(0) : *c_state);
+    cell_forward<DeviceMath<arithmetic>>(cell, state_before<arithmetic>(p, at, fresh));
     const Element m = T::element(cell.m);
-    *T::at(p.out, out_at) = operand<arithmetic>(m);
-    *c_state = cell.c;
-    if (p.c) static_cast<Compute*>(p.c)[cell_at] = cell.c;
-    if (p.save) {
-      x[0] = T::element(cell.i);
-      x[H] = T::element(cell.f);
-      x[2 * H] = T::element(cell.g);
-      x[3 * H] = T::element(cell.o);
-    }
-    if (!p.shape.projected) T::at(p.y, 0)[cell_at] = m;
-    if (t == schedule.last(b)) {
-      store_either<arithmetic>(p.c_n, p.wide_c, state_at, cell.c);
-      if (!p.shape.projected) T::at(p.h_n, 0)[state_at] = m;
-    }
+    keep_cell<arithmetic>(p, schedule, at, cell, cell.c, m, operand<arithmetic>(m));
   });
 }
 
@@ -176,7 +323,6 @@ LSTM_KERNEL(StepTileOf<tile>::kThreads, step_blocks<arithmetic, tile>())
 step_backward(LSTM_PARAMETER StepBackward p) {
   using T = StepTypes<arithmetic>;
   using Compute = typename T::Compute;
-  using Element = typename T::Element;
   StepProduct<arithmetic, StepTileOf<tile>, 1> product(p.product);
   const int64_t B = p.shape.B, D = p.shape.D, H = p.shape.H, d = product.direction();
   const Schedule schedule = schedule_of(p.shape, d, p.lengths, p.reset);
@@ -186,64 +332,24 @@ step_backward(LSTM_PARAMETER StepBackward p) {
   });
   product.run();
   product.each([&](int64_t unit, int64_t b, const Compute(&sums)[1]) {
-    const int64_t cell_at = ((t * B + b) * D + d) * H + unit;
-    const int64_t state_at = (d * B + b) * H + unit;
-    Compute* const dc_state = static_cast<Compute*>(p.dc_state) + state_at;
-    Element* const dgates = T::at(p.dgates, 0) + ((t * B + b) * D + d) * 4 * H + unit;
-    const int64_t out_at = d * p.out_stride_d + b * p.out_pitch + unit * int64_t(sizeof(Element));
-    if (p.dc0 && p.step == 0 && schedule.length(b) == 0)
-      store_either<arithmetic>(p.dc0, p.wide_c, state_at,
-                               load_either<arithmetic>(p.dc_n, p.wide_c, state_at));
-    if (!schedule.active(t, b)) {
-      LSTM_UNROLL
-      for (int gate = 0; gate < 4; ++gate) {
-        dgates[gate * H] = T::element(Compute(0));
-        *T::at(p.out, out_at + gate * p.gate_pitch) = *T::at(p.kept, out_at + gate * p.gate_pitch);
-      }
-      return;
-    }
-    const bool last = t == schedule.last(b);
-    // No gradient comes over a boundary: not from the step that was processed before this one.
-    const bool carried = p.step + 1 < p.shape.T && !schedule.fresh(schedule.time(p.step + 1), b);
+    const Place at = place_of<arithmetic>(p, t, d, b, unit);
+    if (!takes_part<arithmetic>(p, schedule, at)) return;
+    const bool last = t == schedule.last(b), carried = is_carried(p, schedule, b),
+               fresh = schedule.fresh(t, b);
     Compute dm = sums[0];
-    if (!p.shape.projected) {
-      dm = carried ? dm : 0;
-      dm += T::value_or_zero(p.dy, cell_at);
-      if (last) dm += T::value_or_zero(p.dh_n, state_at);
-    }
-    Compute dc = carried ? *dc_state : 0;
-    if (p.dc) dc += static_cast<const Compute*>(p.dc)[cell_at];
-    if (last) dc += load_either<arithmetic>(p.dc_n, p.wide_c, state_at);
-
-    const Compute* const c = static_cast<const Compute*>(p.c);
-    const bool fresh = schedule.fresh(t, b);
-    const int64_t before = schedule.previous(t, b);
-    Compute c_prev = 0;
-    if (!fresh)
-      c_prev = before < 0 ? load_either<arithmetic>(p.c0, p.wide_c, state_at)
-                          : c[((before * B + b) * D + d) * H + unit];
-    const int64_t gates_at = ((t * B + b) * D + d) * 4 * H + unit;
+    if (!p.shape.projected)
+      dm = (carried ? dm : 0) + outer_gradient<arithmetic>(p, at.cell, at.state, last);
+    Compute dc = later_gradient<arithmetic>(p, at, carried, last);
     Cell<Compute> cell, grad;
-    cell.i = T::value(p.gates, gates_at);
-    cell.f = T::value(p.gates, gates_at + H);
-    cell.g = T::value(p.gates, gates_at + 2 * H);
-    cell.o = T::value(p.gates, gates_at + 3 * H);
-    cell.c = c[cell_at];
+    const Compute c_prev = load_cell<arithmetic>(p, schedule, at, fresh, cell);
     cell_backward<DeviceMath<arithmetic>>(cell, c_prev, dm, dc, grad);
-    *dc_state = dc;
-    const Element rounded[4] = {T::element(grad.i), T::element(grad.f), T::element(grad.g),
-                                T::element(grad.o)};
-    LSTM_UNROLL
-    for (int gate = 0; gate < 4; ++gate) {
-      dgates[gate * H] = rounded[gate];
-      *T::at(p.out, out_at + gate * p.gate_pitch) = operand<arithmetic>(rounded[gate]);
-    }
-    if (p.dc0 && t == schedule.first(b))
-      store_either<arithmetic>(p.dc0, p.wide_c, state_at, fresh ? Compute(0) : dc);
+    keep_gradients<arithmetic>(p, at, grad);
+    keep_dc<arithmetic>(p, schedule, at, fresh, dc);
   });
 }
 
-template <Arithmetic arithmetic, StepTile tile>
+// `variant`: of another cell than torch.nn.LSTM's.
+template <Arithmetic arithmetic, StepTile tile, bool variant>
 LSTM_KERNEL(StepTileOf<tile>::kThreads, step_blocks<arithmetic, tile>())
 step_project(LSTM_PARAMETER StepProject p) {
   using T = StepTypes<arithmetic>;
@@ -254,7 +360,7 @@ step_project(LSTM_PARAMETER StepProject p) {
   const int64_t B = p.shape.B, D = p.shape.D, P = p.shape.P, d = product.direction();
   const Schedule schedule = schedule_of(p.shape, d, p.lengths, p.reset);
   const int64_t t = schedule.time(p.step);
-  product.each([&](int64_t unit, int64_t b, const Compute(&sums)[1]) {
+  const auto visit = [&](int64_t unit, int64_t b, const Compute(&sums)[1]) {
     const int64_t y_at = ((t * B + b) * D + d) * P + unit;  // in [T, B, D, P]
     const int64_t state_at = (d * B + b) * P + unit;        // in [D, B, P]
     const int64_t out_at = d * p.out_stride_d + b * p.out_pitch + unit * int64_t(sizeof(Element));
@@ -262,29 +368,49 @@ step_project(LSTM_PARAMETER StepProject p) {
     if (p.what == Projection::h) {
       if (p.step == 0 && schedule.length(b) == 0)
         T::at(p.h_n, 0)[state_at] = T::element(T::value_or_zero(p.h0, state_at));
-      const Element h = T::element(active ? sums[0] : Compute(0));
+      if (!active) {
+        T::at(p.y, 0)[y_at] = T::element(Compute(0));
+        *T::at(p.out, out_at) = *T::at(p.kept, out_at);
+        return;
+      }
+      Element h = T::element(sums[0]), read = operand<arithmetic>(h);
+      if constexpr (variant)
+        h = output_of<arithmetic>(p.variant, p.state, {t, d, b, unit}, state_at,
+                                  schedule.fresh(t, b), sums[0], read);
       T::at(p.y, 0)[y_at] = h;
-      *T::at(p.out, out_at) = active ? operand<arithmetic>(h) : *T::at(p.kept, out_at);
-      if (active && t == schedule.last(b)) T::at(p.h_n, 0)[state_at] = h;
+      *T::at(p.out, out_at) = read;
+      if (t == schedule.last(b)) T::at(p.h_n, 0)[state_at] = h;
     } else if (p.what == Projection::dh) {
-      const bool carried = p.step + 1 < p.shape.T && !schedule.fresh(schedule.time(p.step + 1), b);
-      Compute dh = carried ? sums[0] : 0;
-      dh += T::value_or_zero(p.dy, y_at);
-      if (t == schedule.last(b)) dh += T::value_or_zero(p.dh_n, state_at);
-      const Element rounded = T::element(active ? dh : Compute(0));
+      Compute dh = 0;
+      if (active) {
+        const Compute outer = outer_gradient<arithmetic>(p, y_at, state_at, t == schedule.last(b));
+        const bool carried = is_carried(p, schedule, b);
+        if constexpr (variant)
+          dh = output_gradient<arithmetic>(p.variant, p.state, {t, d, b, unit}, state_at, carried,
+                                           sums[0], outer);
+        else
+          dh = (carried ? sums[0] : 0) + outer;
+      }
+      const Element rounded = T::element(dh);
       T::at(p.dh, 0)[y_at] = rounded;
       if (active) *T::at(p.out, out_at) = operand<arithmetic>(rounded);
     } else {
       // The state of a row of length 0 has passed through; else the first step's gradient has,
       // unless that step began afresh.
       Compute dh0 = sums[0];
+      if constexpr (variant)
+        dh0 = recurrent_gradient<arithmetic>(p.variant, p.state, state_at, sums[0]);
       if (schedule.length(b) == 0)
         dh0 = T::value_or_zero(p.dh_n, state_at);
       else if (schedule.fresh(schedule.first(b), b))
         dh0 = 0;
       T::at(p.dh0, 0)[state_at] = T::element(dh0);
     }
-  });
+  };
+  if constexpr (variant)
+    product.each_in_turn(visit);
+  else
+    product.each(visit);
 }
 
 // Calls start<arithmetic, tile>() for the plan's. There is no large tile of float64, nor unless

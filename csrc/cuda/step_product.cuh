@@ -151,10 +151,6 @@ class StepProduct {
   using Compute = typename Types<arithmetic>::Compute;
   static_assert(kGates == 1 || kGates == 4);
   static constexpr int kTileUnits = Tile::kRows / kGates;
-  static_assert(Tile::kDepthWarps == 1 ||
-                    Tile::kThreads * Tile::kRowAtoms * Tile::kColumnAtoms * 4 * sizeof(Compute) <=
-                        Tile::kSharedBytes,
-                "partial sums take the place of the stages");
 
   // One block each; D recurrences.
   static unsigned blocks(const StepOperands& o, int64_t D) {
@@ -272,7 +268,45 @@ class StepProduct {
     }
   }
 
+  // The same by way of shared memory, in a loop that is not unrolled: for visits so long that a copy
+  // for each cell of a thread would take longer to compile than all else. Neighbours have neighbouring
+  // units.
+  template <class Visit>
+  LSTM_DEVICE void each_in_turn(Visit visit) const {
+    std::byte* const sums_at = stages_ + kPartialBytes;
+    const auto at = [&](int64_t unit, int64_t b, int gate) {
+      return sums_at + ((b - column_) * kSumPitch + gate * kTileUnits + unit - unit_) *
+                           int64_t(sizeof(Compute));
+    };
+    if constexpr (Tile::kDepthWarps == 1) ptx::block_sync();  // the stages are read no more
+    each([&](int64_t unit, int64_t b, const Compute(&sums)[kGates]) {
+      LSTM_UNROLL
+      for (int gate = 0; gate < kGates; ++gate) ptx::store(at(unit, b, gate), sums[gate]);
+    });
+    ptx::block_sync();  // all sums are there
+    LSTM_NO_UNROLL
+    for (unsigned k = ptx::thread_index(); k < unsigned(Tile::kColumns * kTileUnits);
+         k += Tile::kThreads) {
+      const int64_t unit = unit_ + k % kTileUnits, b = column_ + k / kTileUnits;
+      if (unit >= o_.rows || b >= o_.B) continue;
+      Compute sums[kGates];
+      LSTM_UNROLL
+      for (int gate = 0; gate < kGates; ++gate) sums[gate] = ptx::load<Compute>(at(unit, b, gate));
+      visit(unit, b, sums);
+    }
+  }
+
  private:
+  // Of shared memory: partial sums, and the sums that each_in_turn hands on.
+  static constexpr int64_t kPartialBytes =
+      Tile::kDepthWarps == 1
+          ? 0
+          : Tile::kThreads * Tile::kRowAtoms * Tile::kColumnAtoms * 4 * sizeof(Compute);
+  static constexpr int64_t kSumPitch = Tile::kRows + 1;
+  static_assert(kPartialBytes + Tile::kColumns * kSumPitch * int64_t(sizeof(Compute)) <=
+                    Tile::kSharedBytes,
+                "sums take the place of the stages");
+
   static constexpr int kPieces = Tile::kChunk / 16;             // of a row in a chunk
   static constexpr int kRowsAtOnce = Tile::kThreads / kPieces;  // that the block fetches
 

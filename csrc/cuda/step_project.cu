@@ -3,11 +3,13 @@
 
 namespace lstm_cuda {
 
-Status launch_step_project(const StepProject& p, const CudaPlan& plan, bool overlap,
+Status launch_step_project(const StepProject& p, const CudaPlan& plan, bool variant, bool overlap,
                            Stream stream) {
   return choose_step<false>(plan, [&]<Arithmetic a, StepTile tile>() {
-    return start_step<StepProduct<a, StepTileOf<tile>, 1>, step_project<a, tile>>("step_project", p,
-                                                                                  overlap, stream);
+    using Product = StepProduct<a, StepTileOf<tile>, 1>;
+    constexpr const char* name = "step_project";
+    return variant ? start_step<Product, step_project<a, tile, true>>(name, p, overlap, stream)
+                   : start_step<Product, step_project<a, tile, false>>(name, p, overlap, stream);
   });
 }
 

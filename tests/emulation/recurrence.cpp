@@ -1,6 +1,9 @@
 // Runs families rec_cta and rec_step, forward and backward, on small problems. Built plain, with
 // AddressSanitizer and with ThreadSanitizer, and from broken copies of the kernels.
 //   recurrence FAMILY ARITHMETIC ORDER SEED [CASE]
+#include <cstdlib>
+
+#include "cuda/rec_step.cuh"
 #include "recurrence_run.hpp"
 
 using namespace lstm_cuda;
@@ -38,7 +41,7 @@ std::optional<Kernels> step_kernels(Arithmetic arithmetic, const LayerShape& sha
     const CudaPlan plan =
         plan_cuda(shape, {arithmetic == Arithmetic::tf32, backward, int(Family::rec_step), 0},
                   {90, 132, 232448});
-    const DeviceBuffer<char> scratch(size_t(rec_step_scratch(shape, plan, backward)));
+    const DeviceBuffer<char> scratch(size_t(rec_step_scratch(shape, plan, nullptr, backward)));
     return kernels(p, plan, scratch.data(), {});
   };
   return Kernels{[=](const RecurrenceForward& p) { return start(p, rec_step_forward, false); },
@@ -47,6 +50,12 @@ std::optional<Kernels> step_kernels(Arithmetic arithmetic, const LayerShape& sha
 }
 
 }  // namespace
+
+// Of other cells, which variants.cpp runs: not compiled here.
+namespace lstm_cuda {
+Status launch_variant_forward(const StepForward&, const CudaPlan&, bool, Stream) { std::abort(); }
+Status launch_variant_backward(const StepBackward&, const CudaPlan&, bool, Stream) { std::abort(); }
+}  // namespace lstm_cuda
 
 int main(int argc, char** argv) {
   const std::string family = argc < 5 ? "" : argv[1];
