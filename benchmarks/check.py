@@ -65,7 +65,11 @@ def relative_error(tensor: Tensor, expected: Tensor) -> float:
 
 
 def _tensors(case: Case, lstm: nn.Module, forward: Forward) -> dict[str, Tensor]:
-    """Outputs of inference; outputs and gradients of a loss that sees y, h_n and c_n."""
+    """Outputs of inference; outputs and gradients of a loss that sees y, h_n and c_n.
+
+    Options of the cell are evaluated, for masks are drawn in another order by each.
+    """
+    lstm.train(not case.workload.options)
     dtype = next(lstm.parameters()).dtype
     x = case.inputs[0].detach().to(dtype).requires_grad_()
     dy = case.gradients[0].to(dtype)

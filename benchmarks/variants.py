@@ -103,8 +103,8 @@ class Variant:
         torch_way: what users of nn.LSTM write; also gives the float64 truth.
         fused_way: the same result from FusedLSTM.
         baseline: what the baseline is called.
-        fused_baseline: if given, the time is compared with this call of FusedLSTM instead of
-            `torch_way`: it tells what an option costs.
+        fused_baseline: if given, the time is compared with this call of a FusedLSTM without options
+            instead of `torch_way`: it tells what an option costs.
     """
 
     torch_way: Forward
@@ -121,4 +121,6 @@ VARIANTS = {
     "stream": Variant(streamed, streamed, "nn.LSTM"),
     "lengths cost": Variant(packed, with_lengths, "without lengths", dense),
     "reset cost": Variant(step_loop, with_reset, "without reset", dense),
+    "option": Variant(dense, dense, "a loop in torch's ops"),
+    "option cost": Variant(dense, dense, "without the option", dense),
 }

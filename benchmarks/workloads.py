@@ -1,7 +1,7 @@
 """What is measured: nets, shapes and ways to call them, grouped."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ GROUPS = {
     "reset": "2 % of the steps begin a new episode: `reset=` against a loop over time",
     "stream": "one call per step with carried state, as in live audio (time of all T calls)",
     "penalty": "training on a gradient penalty (WGAN-GP), which cuDNN cannot do",
+    "options": "options of the cell against the loops that people write for them",
+    "option cost": "what options of the cell cost over FusedLSTM without them",
     "cost": "what `lengths=` and `reset=` cost over the same FusedLSTM call without them",
 }
 
@@ -39,6 +41,7 @@ class Workload:
         dtype: overrides the `--dtype` of the run.
         quick: part of a `--quick` run.
         proj_size: size of the output if it is projected, else 0.
+        options: of the cell, arguments of FusedLSTM that nn.LSTM does not have.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Workload:
     dtype: str | None = None
     quick: bool = False
     proj_size: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def shape(self) -> str:
@@ -231,7 +235,38 @@ def _variants() -> list[Workload]:
     ]
 
 
-WORKLOADS = (*_users(), *_square(), *_last(), *_half(), *_penalty(), *_variants())
+def _options() -> list[Workload]:
+    options: list[dict[str, Any]] = [
+        {"peephole": True},
+        {"coupled": True},
+        {"cell_clip": 0.5},
+        {"recurrent_dropout": 0.25},
+        {"zoneout": 0.1},
+        {"weight_dropout": 0.5},
+        {"layer_norm": True},
+    ]
+    # (B, H, T): about Stanza's tagger and icefall's decoder; then where calls cost most.
+    rows = [(32, 200, 40), (16, 512, 64), (8, 128, 128), (1, 64, 100)]
+    return [
+        Workload(
+            f"{name}{'' if group == 'options' else ' cost'} B{batch}-H{hidden}-T{steps}",
+            group,
+            steps,
+            batch,
+            hidden,
+            hidden,
+            variant="option" if group == "options" else group,
+            options=each,
+            quick=hidden == 128 and name in ("peephole", "layer_norm"),
+        )
+        for group in ("options", "option cost")
+        for batch, hidden, steps in rows
+        for each in options
+        for name in each
+    ]
+
+
+WORKLOADS = (*_users(), *_square(), *_last(), *_half(), *_penalty(), *_options(), *_variants())
 
 
 def select(names: Iterable[str], quick: bool) -> list[Workload]:

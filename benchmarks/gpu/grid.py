@@ -14,6 +14,8 @@ GROUPS = {
     "square": "input size = hidden size, T = 512 (less where a call would take too long)",
     "lengths": "lengths uniform in [T/2, T]: `lengths=` against pack, nn.LSTM, pad",
     "reset": "2 % of the steps begin a new episode: `reset=` against a loop over time",
+    "options": "options of the cell against the loops that people write for them",
+    "option cost": "what options of the cell cost over FusedLSTM without them",
     "cost": "what `lengths=` and `reset=` cost over the same FusedLSTM call without them",
 }
 HIDDEN = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -165,6 +167,30 @@ def _boundaries() -> list[tuple[Workload, tuple[str, ...]]]:
     ]
 
 
+def _options() -> list[tuple[Workload, tuple[str, ...]]]:
+    options: dict[str, dict[str, Any]] = {
+        "peephole": {"peephole": True},
+        "zoneout": {"zoneout": 0.1},
+        "recurrent dropout": {"recurrent_dropout": 0.25},
+        "layer norm": {"layer_norm": True},
+    }
+    return [
+        (
+            Workload(
+                f"{name}{'' if variant == 'option' else ' cost'} B32-H{hidden}-T128",
+                "options" if variant == "option" else variant,
+                *(128, 32, hidden, hidden),
+                variant=variant,
+                options=each,
+            ),
+            ("tf32",),
+        )
+        for variant in ("option", "option cost")
+        for hidden in (128, 512)
+        for name, each in options.items()
+    ]
+
+
 def all_points() -> list[Point]:
     """The whole grid in order of importance.
 
@@ -172,7 +198,7 @@ def all_points() -> list[Point]:
     what completes each of these.
     """
     points = []
-    for workload, names in (*_workloads(), *_boundaries()):
+    for workload, names in (*_workloads(), *_boundaries(), *_options()):
         boundary = workload.group != "workload"
         for order, name in enumerate(names):
             rank = (1 if boundary else 0) if order == 0 else 4
