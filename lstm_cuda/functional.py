@@ -91,8 +91,8 @@ def fused_lstm(
             state passes between t-1 and t, in either direction of time; at t = 0, ``hx`` is ignored
             for that row.
         return_cells: also return c_t of the last layer.
-        cell: options of the cell. On CUDA, exported or with ``truncate``, all but the default run
-            on the reference, with one warning; so do ``peephole`` and ``layer_norm``.
+        cell: options of the cell. With ``truncate``, all but the default run on the reference, with
+            one warning; so do ``peephole`` and ``layer_norm``.
         peephole: L*D rows ``[w_ci, w_cf, w_co]``, each [H].
         layer_norm: L*D rows of gains ``[ih [4H], hh [4H], c [H]]`` and, optionally, the shift of c
             [H].
@@ -305,11 +305,9 @@ def _choose_fused(
             f'backend="{backend}" wants input on {backend}; got {device_type}. Move the input and '
             'the module, or use backend="auto".'
         )
-    # What is exported has an op for the plain cell alone.
-    exporting = torch.compiler._is_exporting_flag
-    if extras and (exporting or truncate is not None):
+    if extras and truncate is not None:
         if not torch.compiler.is_compiling():
-            warn_reference(extras + (() if truncate is None else ("truncate",)))
+            warn_reference((*extras, "truncate"))
         return False
     ops.require(device_type)
     return True

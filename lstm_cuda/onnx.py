@@ -14,9 +14,20 @@ import torch
 from torch import nn
 
 from . import ops
+from .reference import ACTIVATIONS
 
 _Table = dict[Callable[..., Any], Callable[..., Any]]
 _GATES = (0, 3, 1, 2)  # where ONNX's i, o, f, c are among i, f, g, o
+# ONNX's names for ours, with alpha and beta where they take those.
+_ACTIVATIONS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "tanh": ("Tanh", ()),
+    "sigmoid": ("Sigmoid", ()),
+    "relu": ("Relu", ()),
+    "hard_sigmoid_keras": ("HardSigmoid", (1 / 6, 0.5)),
+    "hard_sigmoid_onnx": ("HardSigmoid", (0.2, 0.5)),
+    "softsign": ("Softsign", ()),
+    "identity": ("Affine", (1.0, 0.0)),
+}
 
 
 def translations() -> _Table:
@@ -36,7 +47,10 @@ def translations() -> _Table:
         RuntimeError: the compiled part of lstm_cuda is missing, and the op with it.
     """
     ops.require("cpu")
-    return {torch.ops.lstm_cuda.layer_forward.default: _layer_forward}
+    return {
+        torch.ops.lstm_cuda.layer_forward.default: _layer_forward,
+        torch.ops.lstm_cuda.variant_forward.default: _variant_forward,
+    }
 
 
 def export(
@@ -141,6 +155,80 @@ def _layer_forward(
     after: int = 0,
 ) -> tuple[Any, ...]:
     """``ops.layer_forward`` in ONNX; every input a value of the graph under construction."""
+    return _node(x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, cells)
+
+
+def _variant_forward(
+    x: Any,
+    w_ih: Sequence[Any] | None,
+    w_hh: Sequence[Any],
+    bias: Sequence[Any] | None,
+    w_hr: Sequence[Any] | None,
+    h0: Any,
+    c0: Any,
+    lengths: Any,
+    reset: Any,
+    reversed: int,
+    save: bool,
+    cells: bool,
+    allow_tf32: bool,
+    forget: int,
+    recurrent_activation: int,
+    activation: int,
+    output_activation: int,
+    cell_clip: float,
+    zoneout_h: float,
+    zoneout_c: float,
+    peephole: Any,
+    norm: Any,
+    h_scale: Any,
+    seed: Any,
+) -> tuple[Any, ...]:
+    """``variant_ops.variant_forward``, in evaluation, in ONNX."""
+    op: Any = importlib.import_module("onnxscript").opset18
+    known = list(ACTIVATIONS)
+    names = [known[k] for k in (recurrent_activation, activation, output_activation)]
+    for option, used in {
+        "normalisation (layer_norm)": norm is not None,
+        "cell without a forget gate (forget_gate)": forget == 1,
+        "bound of the cell state (cell_clip; its own bounds the pre-activations)": cell_clip > 0,
+        "mean of two states (zoneout)": zoneout_h > 0 or zoneout_c > 0,
+        "random choices (recurrent_dropout in training)": h_scale is not None or seed is not None,
+        **{f"{name} (activation)": name not in _ACTIVATIONS for name in names},
+    }.items():
+        if used:
+            raise _Inexpressible(option)
+    assert w_ih is not None  # but for norm
+    D, H = len(w_hh), w_hh[0].shape[0] // 4
+    functions, parameters = zip(*(_ACTIVATIONS[name] for name in names), strict=True)
+    attributes = {"activations": D * functions, "input_forget": int(forget == 2)}
+    if any(parameters):
+        alpha, beta = zip(*filter(None, parameters), strict=True)
+        attributes |= {"activation_alpha": D * alpha, "activation_beta": D * beta}
+    if peephole is not None:  # w_ci, w_cf, w_co: there i, o, f
+        peephole = op.Gather(op.CastLike(peephole, x), _ints(op, 0, 2, 1), axis=1)
+        peephole = op.Reshape(peephole, _ints(op, D, 3 * H))
+    results = _node(
+        x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, cells, peephole, **attributes
+    )
+    return *results, _ints(op, 0), _ints(op, 0)
+
+
+def _node(
+    x: Any,
+    w_ih: Sequence[Any],
+    w_hh: Sequence[Any],
+    bias: Sequence[Any] | None,
+    w_hr: Sequence[Any] | None,
+    h0: Any,
+    c0: Any,
+    lengths: Any,
+    reset: Any,
+    reversed: int,
+    cells: bool,
+    peephole: Any = None,
+    **attributes: Any,
+) -> tuple[Any, ...]:
     op: Any = importlib.import_module("onnxscript").opset18  # what torch's exporter builds on
 
     D, H = len(w_hh), w_hh[0].shape[0] // 4
@@ -162,8 +250,10 @@ def _layer_forward(
         None if lengths is None else op.Cast(lengths, to=6),  # TensorProto.INT32
         h0,
         c0,
+        peephole,
         direction="bidirectional" if D == 2 else ("reverse" if reversed else "forward"),
         hidden_size=H,
+        **attributes,
     )
     if lengths is not None and h0 is not None:
         # onnxruntime's final state of a row without steps is zero; it is the initial one.

@@ -72,9 +72,8 @@ def variant_layer(
             )
         weights = [[row[1], row[-1]] if len(row) in (3, 5) else [row[1]] for row in weights]
     flat = [w for column in zip(*weights, strict=True) for w in column]
-    if torch.is_grad_enabled() and requires_grad(
-        x, [*flat, *(t for t in (w_p, norm) if t is not None)], h0, c0
-    ):
+    recorded = torch.is_grad_enabled() and not torch.compiler._is_exporting_flag  # as layer.py
+    if recorded and requires_grad(x, [*flat, *(t for t in (w_p, norm) if t is not None)], h0, c0):
         if c0 is not None and c0 is h0:
             c0 = c0.view_as(c0)  # torch.compile refuses the same tensor twice
         y, h_n, c_n, c = _Layer.apply(

@@ -28,6 +28,20 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"num_layers": 2, "bidirectional": True, "batch_first": True},
         "hx lengths",
     ),
+    "peephole-coupled-bidirectional-lengths": (
+        {"peephole": True, "coupled": True, "bidirectional": True},
+        "lengths",
+    ),
+    "activations-bidirectional": (
+        {
+            "recurrent_activation": "hard_sigmoid_onnx",
+            "activation": "softsign",
+            "output_activation": "identity",
+            "bidirectional": True,
+        },
+        "",
+    ),
+    "dropouts": ({"recurrent_dropout": 0.3, "weight_dropout": 0.2, "activation": "relu"}, "hx"),
 }
 
 
@@ -160,6 +174,11 @@ INEXPRESSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "proj_size": ({"proj_size": 3}, {}),
     "reset": ({}, {"reset": torch.tensor([[False, True], [True, False], [False, False]])}),
     "return_cells": ({}, {"return_cells": True}),
+    "layer_norm": ({"layer_norm": True}, {}),
+    "forget_gate": ({"forget_gate": False}, {}),
+    "cell_clip": ({"cell_clip": 0.3}, {}),
+    "zoneout": ({"zoneout": 0.1}, {}),
+    "activation": ({"activation": "hard_tanh"}, {}),
 }
 
 

@@ -272,6 +272,19 @@ def test_compiles_without_a_break(device: str, options: dict[str, Any]) -> None:
         close(a, b)
 
 
+@pytest.mark.parametrize("options", [SINGLE[0], SINGLE[5], SINGLE[9], PAIRS[5]], ids=name)
+def test_exports_with_dynamic_sizes(device: str, options: dict[str, Any]) -> None:
+    fused = FusedLSTM(3, 4, 2, bidirectional=True, device=device, **options).eval()
+    sizes = {"input": {0: torch.export.Dim("T"), 1: torch.export.Dim("B")}}
+    x = torch.randn(6, 5, 3, device=device)
+    exported = torch.export.export(fused, (x,), dynamic_shapes=sizes)
+    called = [str(node.target) for node in exported.graph.nodes if "lstm_cuda" in str(node.target)]
+    assert len(called) == 2 and all("variant_forward" in target for target in called)
+    for T, B in ((6, 5), (11, 9)):
+        x = torch.randn(T, B, 3, device=device)
+        close(exported.module()(x)[0], fused(x)[0])
+
+
 def test_no_step_by_step_on_a_cpu(recwarn: pytest.WarningsRecorder) -> None:
     """The fused op runs: no warning, and one node of autograd for all steps."""
     y, _ = FusedLSTM(3, 4, peephole=True, zoneout=0.1)(torch.randn(50, 2, 3))
