@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -27,11 +28,26 @@ VARIANTS = {
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"],
     "tsan": ["-O1", "-fsanitize=thread", "-fno-omit-frame-pointer"],
 }
-# g++'s ThreadSanitizer takes a third of a millisecond to start a thread, clang's 7 microseconds.
+# g++'s ThreadSanitizer takes a third of a millisecond to start a thread, or a tenth of that with
+# runtime/tsan_threads.cpp, clang's 7 microseconds.
 COMPILERS = {
     "plain": ["g++", "clang++"],
     "asan": ["g++", "clang++"],
     "tsan": ["clang++", *(f"clang++-{n}" for n in range(22, 13, -1)), "g++"],
+}
+
+# What to link programs with, best first.
+RUNTIMES: dict[str, list[tuple[str, ...]]] = {
+    "plain": [()],
+    "asan": [()],
+    "tsan": [("-static-libtsan",), ()],
+}
+# Functions of a runtime that is linked statically; runtime/tsan_threads.cpp has others for them.
+WRAPPED = {
+    "tsan": [
+        "_ZN11__sanitizer13internal_mmapEPvmiiiy",
+        "_ZN11__sanitizer15internal_memsetEPvim",
+    ]
 }
 
 _slots = threading.Semaphore(os.cpu_count() or 1)  # compilers at once
@@ -68,25 +84,26 @@ def cuda_include() -> Path | None:
 
 
 @functools.cache
-def toolchain(variant: str) -> tuple[str, tuple[str, ...]] | None:
-    """The first compiler whose programs of that variant link and run, and what to put before them.
+def toolchain(variant: str) -> tuple[str, tuple[str, ...], tuple[str, ...]] | None:
+    """The first compiler whose programs of that variant link and run, what to put before them, and
+    what to link them with.
 
     ThreadSanitizer may need a fixed address layout (setarch -R) on kernels that randomise widely.
     """
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder, "probe.cpp"), Path(folder, "probe")
         source.write_text("#include <vector>\nint main() { return std::vector<int>(3).at(2); }\n")
-        for cxx in COMPILERS[variant]:
+        for cxx, runtime in itertools.product(COMPILERS[variant], RUNTIMES[variant]):
             if not shutil.which(cxx):
                 continue
-            command = [cxx, *FLAGS, *VARIANTS[variant], str(source), "-o", str(program)]
+            command = [cxx, *FLAGS, *VARIANTS[variant], *runtime, str(source), "-o", str(program)]
             if subprocess.run(command, capture_output=True).returncode:
                 continue
             for before in ((), ("setarch", "-R")):
                 if before and not shutil.which(before[0]):
                     continue
                 if subprocess.run([*before, program], capture_output=True).returncode == 0:
-                    return cxx, before
+                    return cxx, before, runtime
     return None
 
 
@@ -194,7 +211,8 @@ def compile(
     ):
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
-    link = ["-shared"] if shared else []
+    link = [*found[2], *(f"-Wl,--wrap={name}" for name in WRAPPED.get(variant, []))]
+    link += ["-shared"] if shared else []
     compiler([cxx, *VARIANTS[variant], *link, *objects, *libraries, "-o", out])
     listed.write_text(names)
     return out

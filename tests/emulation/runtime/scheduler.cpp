@@ -159,7 +159,7 @@ constexpr std::size_t kMostGuarded = 16384;
 void* new_thread() {
   if (!under_tsan()) return nullptr;
   impersonate(pool().origin);
-  void* thread = __tsan_create_fiber(0);
+  void* thread = create_fiber();
   impersonate(current ? self()->tsan : launched->launcher.tsan);
   return thread;
 }
