@@ -10,22 +10,32 @@ namespace {
 template <Arithmetic arithmetic, ResidentShape shape, int tiles, int turns>
 struct Small {
   static Kernels get(const CudaPlan& plan, const LayerShape& layer) {
+    // ThreadSanitizer knows 8000 threads at most.
+    constexpr int kTogether = 4096 / (32 * shape.blocks * shape.warps);
     const unsigned parts = unsigned(tiles_of(layer, 8 * tiles * turns) * layer.D);
     return {[=](const RecurrenceForward& p) {
               using F = resident::ForwardConfig<arithmetic, shape, tiles, turns>;
               using Team = resident::Team<F, resident::GroupExchange>;
               const int64_t bytes = 4 * resident::GroupExchange<F>::kWords * parts;
               return with_packed(p, plan, bytes, [&](const PackedWeights& weights, void* words) {
-                return resident::start_forward<F, Team>(
-                    "small_group", p, {weights, static_cast<uint32_t*>(words)}, 0, parts, {});
+                return resident::in_rounds(parts, kTogether, [&](unsigned first, unsigned count) {
+                  auto* const own =
+                      static_cast<uint32_t*>(words) + first * resident::GroupExchange<F>::kWords;
+                  return resident::start_forward<F, Team>("small_group", p, {weights, own}, first,
+                                                          count, {});
+                });
               });
             },
             [=](const RecurrenceBackward& p) {
               using F = resident::BackwardConfig<arithmetic, shape, tiles, turns>;
               const int64_t bytes = 4 * resident::GroupReduce<F>::kWords * parts;
               return with_packed(p, plan, bytes, [&](const PackedWeights& weights, void* words) {
-                return resident::start_backward<F, resident::GroupReduce>(
-                    "small_group", resident::backward_params(p, weights, words), 0, parts, {});
+                return resident::in_rounds(parts, kTogether, [&](unsigned first, unsigned count) {
+                  auto* const own =
+                      static_cast<uint32_t*>(words) + first * resident::GroupReduce<F>::kWords;
+                  return resident::start_backward<F, resident::GroupReduce>(
+                      "small_group", resident::backward_params(p, weights, own), first, count, {});
+                });
               });
             },
             true};
