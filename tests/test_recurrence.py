@@ -10,6 +10,7 @@ and in the shapes that the product has, for what depends on those.
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,10 +45,17 @@ def _build_at_once() -> None:
             job.exception()
 
 
-def assert_right(driver: str, variant: str, order: tuple[str, str], *arguments: str) -> None:
-    done = build.run(program(driver, variant), *arguments, *order, variant=variant)
-    assert done.returncode == 0, f"{order}: {done.stdout}{done.stderr}"
-    assert done.stdout == ""
+def assert_right(
+    driver: str, variant: str, orders: list[tuple[str, str]], *arguments: str, parts: int = 1
+) -> None:
+    """In every order. Cases are in so many parts, each a run, as many at once as processors."""
+    path = program(driver, variant)
+    runs = [(*arguments, *o, f"{part}/{parts}") for o in orders for part in range(parts)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = pool.map(lambda r: build.run(path, *r, variant=variant), runs)
+        for run, result in zip(runs, done, strict=True):
+            assert result.returncode == 0, f"{run}: {result.stdout}{result.stderr}"
+            assert result.stdout == ""
 
 
 @pytest.mark.parametrize("variant", RUNS)
@@ -56,8 +64,7 @@ def assert_right(driver: str, variant: str, order: tuple[str, str], *arguments: 
 def test_right_and_clean(family: str, arithmetic: str, variant: str) -> None:
     if reason := build.unavailable(variant):
         pytest.skip(reason)
-    for order in RUNS[variant]:
-        assert_right(RECURRENCE, variant, order, family, arithmetic)
+    assert_right(RECURRENCE, variant, RUNS[variant], family, arithmetic)
 
 
 # Arithmetics differ in their products alone, which the test above has all of.
@@ -68,8 +75,7 @@ def test_right_and_clean(family: str, arithmetic: str, variant: str) -> None:
 def test_other_cells_in_every_order(arithmetic: str, variant: str) -> None:
     if reason := build.unavailable(variant):
         pytest.skip(reason)
-    for order in RUNS[variant]:
-        assert_right(VARIANTS, variant, order, arithmetic)
+    assert_right(VARIANTS, variant, RUNS[variant], arithmetic)
 
 
 # ThreadSanitizer takes ten seconds, and these two differ in all that can race: parts of operands,
@@ -87,8 +93,8 @@ def test_other_cells_in_every_order(arithmetic: str, variant: str) -> None:
 def test_small_clusters_and_groups(family: str, arithmetic: str, variant: str) -> None:
     if reason := build.unavailable(variant):
         pytest.skip(reason)
-    for order in RUNS[variant]:
-        assert_right(SMALL[family], variant, order, arithmetic)
+    parts = 4 if variant == "tsan" else 1  # together they take up to a minute
+    assert_right(SMALL[family], variant, RUNS[variant], arithmetic, parts=parts)
 
 
 @pytest.mark.parametrize("arithmetic", RESIDENT_ARITHMETICS)
@@ -96,5 +102,4 @@ def test_small_clusters_and_groups(family: str, arithmetic: str, variant: str) -
 def test_clusters_and_groups(family: str, arithmetic: str) -> None:
     # Seconds for each order; that of a group's threads is small_group's to vary.
     orders = RUNS["plain"][:3] if family == "rec_cluster" else [RANDOM[0]]
-    for order in orders:
-        assert_right(RESIDENT, "plain", order, family, arithmetic)
+    assert_right(RESIDENT, "plain", orders, family, arithmetic)

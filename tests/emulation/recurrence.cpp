@@ -1,6 +1,6 @@
 // Runs families rec_cta and rec_step, forward and backward, on small problems. Built plain, with
 // AddressSanitizer and with ThreadSanitizer, and from broken copies of the kernels.
-//   recurrence FAMILY ARITHMETIC ORDER SEED [CASE]
+//   recurrence FAMILY ARITHMETIC ORDER SEED [CASE | FIRST/PARTS]
 #include <cstdlib>
 
 #include "cuda/rec_step.cuh"

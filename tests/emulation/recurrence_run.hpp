@@ -293,16 +293,32 @@ class Runner {
   std::string complaint_;
 };
 
-// Runs cases and prints complaints; `only` that of a number, or all. How many complain. What hard inputs
-// show depends neither on the order of threads nor on a sanitizer, so all do not include them there.
+// Which cases: that of a number, or every `parts`-th from `first` on. What hard inputs show depends
+// neither on the order of threads nor on a sanitizer, so only their number chooses them there.
+struct Selection {
+  int only = -1, first = 0, parts = 1;
+
+  explicit Selection(const std::string& text) {  // "", NUMBER or FIRST/PARTS
+    if (const std::size_t slash = text.find('/'); slash != text.npos)
+      first = std::stoi(text), parts = std::stoi(text.substr(slash + 1));
+    else if (!text.empty())
+      only = std::stoi(text);
+  }
+  bool has(int number, bool usual) const {
+    return only >= 0 ? number == only : usual && number % parts == first;
+  }
+};
+
+// Runs cases and prints complaints. How many complain.
 template <class Cases>
-int run_cases(const Cases& cases, Arithmetic arithmetic, const Choice& choice, int only) {
+int run_cases(const Cases& cases, Arithmetic arithmetic, const Choice& choice,
+              const Selection& selection) {
   const bool with_hard =
       !emulation::sanitized() && emulation::settings().order == emulation::Order::forward;
   int failed = 0, number = 0;
   for (const Case& c : cases) {
     const int current = number++;
-    if (only >= 0 ? only != current : c.inputs != Inputs::usual && !with_hard) continue;
+    if (!selection.has(current, c.inputs == Inputs::usual || with_hard)) continue;
     const std::string complaint = by_arithmetic(arithmetic, [&]<Arithmetic a>() {
       return Runner<a>(c, unsigned(current + 1)).run(choice);
     });
@@ -328,13 +344,13 @@ inline void set_order(const std::string& order, const std::string& seed) {
                                         : emulation::Order::random;
 }
 
-// A program's main, whose arguments are ARITHMETIC ORDER SEED [CASE].
+// A program's main, whose arguments are ARITHMETIC ORDER SEED [CASE | FIRST/PARTS].
 template <class Cases>
 int main_of(int argc, char** argv, const Cases& cases, const Choice& choice) {
   const std::optional<Arithmetic> arithmetic = argc < 4 ? std::nullopt : arithmetic_of(argv[1]);
   if (!arithmetic) return 2;
   set_order(argv[2], argv[3]);
-  return run_cases(cases, *arithmetic, choice, argc > 4 ? std::stoi(argv[4]) : -1) != 0;
+  return run_cases(cases, *arithmetic, choice, Selection(argc > 4 ? argv[4] : "")) != 0;
 }
 
 }  // namespace lstm_cuda::test

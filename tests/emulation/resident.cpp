@@ -1,7 +1,7 @@
 // Runs families rec_cluster and rec_group, forward and backward, in the shapes that the product has. They
 // have many threads, too many for ThreadSanitizer: small_cluster.cpp and small_group.cpp run the same
 // kernels in smaller ones, and harder inputs.
-//   resident FAMILY ARITHMETIC ORDER SEED [CASE]
+//   resident FAMILY ARITHMETIC ORDER SEED [CASE | FIRST/PARTS]
 #include <algorithm>
 
 #include "recurrence_run.hpp"

@@ -1,6 +1,6 @@
 // The kernels of families rec_cluster and rec_group in shapes of few threads, so that sanitizers and
 // many orders are quick: what small_cluster.cpp and small_group.cpp share.
-//   small_FAMILY ARITHMETIC ORDER SEED [CASE]
+//   small_FAMILY ARITHMETIC ORDER SEED [CASE | FIRST/PARTS]
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // Runs rec_step's kernels of other cells, forward and backward, with many options at once: with the
 // threads in one order, and again in another. The bits must be the same. What is right the tests in
 // Python know.
-//   variants ARITHMETIC ORDER SEED [CASE]
+//   variants ARITHMETIC ORDER SEED [CASE | FIRST/PARTS]
 #include <cstdlib>
 #include <random>
 
@@ -170,10 +170,11 @@ Status launch_step_backward(const StepBackward&, const CudaPlan&, bool, Stream) 
 int main(int argc, char** argv) {
   const std::optional<Arithmetic> arithmetic = argc < 4 ? std::nullopt : arithmetic_of(argv[1]);
   if (!arithmetic) return 2;
+  const Selection selection(argc > 4 ? argv[4] : "");
   int failed = 0, number = 0;
   for (const VariantCase& c : kCases) {
     const int current = number++;
-    if (argc > 4 && std::stoi(argv[4]) != current) continue;
+    if (!selection.has(current, true)) continue;
     std::vector<char> usual, other;
     const std::string complaint = by_arithmetic(*arithmetic, [&]<Arithmetic a>() {
       set_order("forward", "0");
