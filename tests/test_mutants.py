@@ -238,7 +238,6 @@ MUTANTS = [
         "true",
         "plain",
         "float64",
-        count=2,
     ),
     step(
         "state_over_a_reset",
@@ -259,7 +258,7 @@ MUTANTS = [
     step(
         "initial_state_not_filled_in",
         "rec_step.cu",
-        "jobs.fill(p.h0, s.P, ring,",
+        "jobs.fill(p.h_operand ? p.h_operand : p.h0, s.P, ring,",
         "jobs.fill(nullptr, s.P, ring,",
         "plain",
         "float64",

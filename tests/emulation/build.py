@@ -185,7 +185,8 @@ def compile(
         if same:
             return original
         *broken, options = job(root, source)
-        return *broken, [*options, "-w"]  # what a mutation leaves unused is no matter
+        # What a mutation leaves unused is no matter. Compiling takes longer than running.
+        return *broken, [*options, "-w", "-O0"]
 
     paths = [Path(s).resolve() for s in sources]
     if root == ROOT:
