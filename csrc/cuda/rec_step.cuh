@@ -331,7 +331,7 @@ step_backward(LSTM_PARAMETER StepBackward p) {
     ptx::prefetch_l2(T::at(p.gates, 0) + (((t * B + b) * D + d) * 4 + gate) * H + unit);
   });
   product.run();
-  product.each([&](int64_t unit, int64_t b, const Compute(&sums)[1]) {
+  const auto visit = [&](int64_t unit, int64_t b, const Compute(&sums)[1]) {
     const Place at = place_of<arithmetic>(p, t, d, b, unit);
     if (!takes_part<arithmetic>(p, schedule, at)) return;
     const bool last = t == schedule.last(b), carried = is_carried(p, schedule, b),
@@ -345,7 +345,12 @@ step_backward(LSTM_PARAMETER StepBackward p) {
     cell_backward<DeviceMath<arithmetic>>(cell, c_prev, dm, dc, grad);
     keep_gradients<arithmetic>(p, at, grad);
     keep_dc<arithmetic>(p, schedule, at, fresh, dc);
-  });
+  };
+  // A thread of the large tile has 64 cells.
+  if constexpr (tile == StepTile::large)
+    product.each_in_turn(visit);
+  else
+    product.each(visit);
 }
 
 // `variant`: of another cell than torch.nn.LSTM's.
