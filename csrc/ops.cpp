@@ -99,11 +99,12 @@ VariantForwardResult variant_forward(
     bool cells, bool /*allow_tf32*/, int64_t forget, int64_t recurrent_activation,
     int64_t activation, int64_t output_activation, double cell_clip, double zoneout_h,
     double zoneout_c, const OptionalTensor& peephole, const OptionalTensor& norm,
-    const OptionalTensor& h_scale, const OptionalTensor& seed) {
+    const OptionalTensor& h_scale, const OptionalTensor& seed, int64_t first_step) {
   const Inputs in(x, w_ih.value_or(Tensors{}), w_hh, w_hr.value_or(Tensors{}), h0, c0, lengths,
                   reset, reversed);
   const VariantInputs options(in, forget, recurrent_activation, activation, output_activation,
-                              cell_clip, zoneout_h, zoneout_c, peephole, norm, h_scale, seed);
+                              cell_clip, zoneout_h, zoneout_c, peephole, norm, h_scale, seed,
+                              first_step);
   options.check_gates_x(in, bias);
   const std::tuple<Tensor, Tensor> statistics = options.statistics(in, save);
   const Variant variant = options.variant(statistics);
@@ -185,12 +186,13 @@ VariantBackwardResult variant_backward(
     int64_t forget, int64_t recurrent_activation, int64_t activation, int64_t output_activation,
     double cell_clip, double zoneout_h, double zoneout_c, const OptionalTensor& peephole,
     const OptionalTensor& norm, const OptionalTensor& h_scale, const OptionalTensor& seed,
-    const Tensor& normed, const Tensor& rstd) {
+    int64_t first_step, const Tensor& normed, const Tensor& rstd) {
   const Inputs in(x, w_ih.value_or(Tensors{}), w_hh, w_hr.value_or(Tensors{}), h0, c0, lengths,
                   reset, reversed);
   check_lengths(in);
   const VariantInputs options(in, forget, recurrent_activation, activation, output_activation,
-                              cell_clip, zoneout_h, zoneout_c, peephole, norm, h_scale, seed);
+                              cell_clip, zoneout_h, zoneout_c, peephole, norm, h_scale, seed,
+                              first_step);
   options.check_gates_x(in, {});
   const LayerShape& s = in.shape;
   const ScalarType compute = compute_type(in.type);

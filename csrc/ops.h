@@ -56,7 +56,7 @@ inline constexpr const char* kPieceBackwardSchema =
 #define LSTM_VARIANT_OPTIONS                                                            \
   "int forget, int recurrent_activation, int activation, int output_activation, "       \
   "float cell_clip, float zoneout_h, float zoneout_c, Tensor? peephole, Tensor? norm, " \
-  "Tensor? h_scale, Tensor? seed"
+  "Tensor? h_scale, Tensor? seed, int first_step"
 inline constexpr const char* kVariantForwardSchema =
     "variant_forward(Tensor x, Tensor[]? w_ih, Tensor[] w_hh, Tensor[]? bias, Tensor[]? w_hr, "
     "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset, int reversed, bool save, bool cells, "
@@ -146,11 +146,13 @@ struct Inputs {
 struct VariantInputs {
   CellOptions cell;
   OptionalTensor peephole, norm, h_scale, seed;
+  int64_t first_step;
 
   VariantInputs(const Inputs& in, int64_t forget, int64_t recurrent_activation, int64_t activation,
                 int64_t output_activation, double cell_clip, double zoneout_h, double zoneout_c,
                 const OptionalTensor& peephole_in, const OptionalTensor& norm_in,
-                const OptionalTensor& h_scale_in, const OptionalTensor& seed_in);
+                const OptionalTensor& h_scale_in, const OptionalTensor& seed_in,
+                int64_t first_step_in);
 
   // Where there is no w_ih, and norm needs that, biases are part of x.
   void check_gates_x(const Inputs& in, const OptionalTensors& bias) const;

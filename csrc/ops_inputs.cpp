@@ -130,7 +130,7 @@ VariantInputs::VariantInputs(const Inputs& in, int64_t forget, int64_t recurrent
                              int64_t activation, int64_t output_activation, double cell_clip,
                              double zoneout_h, double zoneout_c, const OptionalTensor& peephole_in,
                              const OptionalTensor& norm_in, const OptionalTensor& h_scale_in,
-                             const OptionalTensor& seed_in) {
+                             const OptionalTensor& seed_in, int64_t first_step_in) {
   const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
   const ScalarType compute = compute_type(in.type);
   STD_TORCH_CHECK(forget >= 0 && forget <= int64_t(Forget::coupled), "forget must be in 0..2; got ",
@@ -153,7 +153,8 @@ VariantInputs::VariantInputs(const Inputs& in, int64_t forget, int64_t recurrent
   peephole = checked("peephole", peephole_in, {D, 3, H}, compute, in.x);
   norm = checked("norm", norm_in, {D, 6, H}, compute, in.x);
   h_scale = checked("h_scale", h_scale_in, {D, B, P}, compute, in.x);
-  seed = checked("seed", seed_in, {1}, ScalarType::Long, in.x);
+  seed = checked("seed", seed_in, {D}, ScalarType::Long, in.x);
+  first_step = first_step_in;
 }
 
 void VariantInputs::check_gates_x(const Inputs& in, const OptionalTensors& bias) const {
@@ -193,6 +194,7 @@ Variant VariantInputs::variant(const std::tuple<Tensor, Tensor>& statistics) con
   v.norm = pointer(norm);
   v.h_scale = pointer(h_scale);
   v.seed = pointer<const int64_t*>(seed);
+  v.first_step = first_step;
   v.normed = kept ? normed.data_ptr() : nullptr;
   v.rstd = kept ? rstd.data_ptr() : nullptr;
   return v;

@@ -1,4 +1,5 @@
-// The choices of zoneout: Philox4x32-10 (Salmon et al. 2011), keyed by a seed from torch's generator.
+// The choices of zoneout: Philox4x32-10 (Salmon et al. 2011), keyed by a seed from torch's generator for
+// each recurrence.
 //
 // A choice is a function of the seed and of its place, so forward, backward and whoever else wants it
 // make the same again, however a sequence is cut. lstm_cuda/masks.py writes the same in torch.
@@ -34,8 +35,8 @@ LSTM_HOST_DEVICE void philox(PhiloxState<U>& s, int64_t seed) {
   }
 }
 
-// Unit j at batch row b, time t and recurrence d has word `random_word(j)` of the counter
-// (random_lane(j), b, t, 2 d + choice): a run of 16 units is one word of 16 counters.
+// Unit j at batch row b and time t has word `random_word(j)` of the counter
+// (random_lane(j), b, t, choice): a run of 16 units is one word of 16 counters.
 LSTM_HOST_DEVICE uint32_t random_lane(int64_t j) { return uint32_t(j / 64 * 16 + j % 16); }
 LSTM_HOST_DEVICE int random_word(int64_t j) { return int(j / 16 % 4); }
 
@@ -52,10 +53,9 @@ struct ScalarProduct {
   }
 };
 
-LSTM_HOST_DEVICE bool random_keep(int64_t seed, Choice choice, int64_t t, int64_t b, int64_t d,
-                                  int64_t j, double probability) {
-  PhiloxState<uint32_t> s{
-      {random_lane(j), uint32_t(b), uint32_t(t), uint32_t(2 * d) + uint32_t(choice)}};
+LSTM_HOST_DEVICE bool random_keep(int64_t seed, Choice choice, int64_t t, int64_t b, int64_t j,
+                                  double probability) {
+  PhiloxState<uint32_t> s{{random_lane(j), uint32_t(b), uint32_t(t), uint32_t(choice)}};
   philox<ScalarProduct>(s, seed);
   const int which = random_word(j);  // an index would put the words into memory
   const uint32_t word =

@@ -33,9 +33,6 @@ struct LayerShape {
 // own, in the order of the recurrences. On CPUs no result depends on how a sequence is cut.
 struct Others {
   int64_t before, after;
-
-  // How many of them are earlier in time.
-  LSTM_HOST_DEVICE int64_t earlier(bool reversed) const { return reversed ? after : before; }
 };
 
 // What a cell computes (cell.h). The defaults are torch.nn.LSTM's.
@@ -66,7 +63,8 @@ struct Variant {
   const void* peephole;  // [D, 3, H]: w_ci, w_cf, w_co; or null
   const void* norm;      // [D, 6, H]: gains of w_hh h (four rows) and of c, shift of c; or null
   const void* h_scale;   // [D, B, P], of h where it meets w_hh; or null
-  const int64_t* seed;   // [1], zoneout's choices are drawn (random.h); null: the mean of them
+  const int64_t* seed;   // [D], zoneout's choices are drawn (random.h); null: the mean of them
+  int64_t first_step;    // of those choices: the time in the whole sequence of what is time 0 here
   void* normed;  // [T, B, D, 4H], w_hh h normalised, before gains; null without norm or save
   void* rstd;    // [T, B, D], by what it was multiplied for that; likewise
   void* dmore;   // [D, 3 + 6, H], gradients of peephole and norm where those are; backward

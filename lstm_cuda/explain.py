@@ -34,8 +34,6 @@ def explain(
     if module.backend == "torch":
         return 'reference: backend="torch" asks for it (plain torch, one step at a time)'
     named = ", ".join(options)
-    if options and module.truncate is not None:
-        return f"reference (plain torch): the fused op has no truncate with {named}"
     D = 2 if module.bidirectional else 1
     try:
         ops.require(kind if device is None else "cpu")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +16,7 @@ from .reference import PLAIN, Cell, check_probability
 from .segments import check_segments, segmented_layer
 from .stack import run_stack, wavefront_chunks
 from .variant import variant_layer
+from .variant_segments import segmented_variant_layer
 
 _Rows = Sequence[Sequence[Tensor]] | None
 
@@ -91,8 +90,7 @@ def fused_lstm(
             state passes between t-1 and t, in either direction of time; at t = 0, ``hx`` is ignored
             for that row.
         return_cells: also return c_t of the last layer.
-        cell: options of the cell. With ``truncate``, all but the default run on the reference, with
-            one warning; so do ``peephole`` and ``layer_norm``.
+        cell: options of the cell.
         peephole: L*D rows ``[w_ci, w_cf, w_co]``, each [H].
         layer_norm: L*D rows of gains ``[ih [4H], hh [4H], c [H]]`` and, optionally, the shift of c
             [H].
@@ -168,8 +166,8 @@ def fused_lstm(
         extras += ("layer_norm",)
         _check_extra("layer_norm", layer_norm, ((4 * H,), (4 * H,), (H,), (H,)), x, L * D)
     if checkpoint is not None:
-        check_checkpoint(backend, extras)
-    fused = _choose_fused(backend, x.device.type, extras, truncate)
+        check_checkpoint(backend)
+    fused = _choose_fused(backend, x.device.type)
     in_segments = fused and (checkpoint is not None or truncate is not None)
 
     if batch_first:
@@ -208,9 +206,10 @@ def fused_lstm(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wanted = return_cells and k == L - 1
         if fused and extras:
-            return variant_layer(
-                x, rows, h, c, lengths, reset, reversed, cell, *own(k), training, wanted
-            )
+            given = x, rows, h, c, lengths, reset, reversed, cell, *own(k), training, wanted
+            if in_segments:
+                return segmented_variant_layer(*given, checkpoint, truncate)
+            return variant_layer(*given)
         if fused:
             places = None if kept is None else kept[k]
             if in_segments:
@@ -284,18 +283,16 @@ def check_backend(backend: str) -> None:
         )
 
 
-def check_checkpoint(backend: str, extras: tuple[str, ...]) -> None:
+def check_checkpoint(backend: str) -> None:
     """Raise ValueError where all steps would be kept."""
-    if backend == "torch" or extras:
-        reason = f"with {', '.join(extras)} is not there yet"
-        if backend == "torch":
-            reason = 'is for the fused op, and backend="torch" runs on the reference'
-        raise ValueError(f"checkpoint {reason}; put torch.utils.checkpoint around the call")
+    if backend == "torch":
+        raise ValueError(
+            'checkpoint is for the fused op, and backend="torch" runs on the reference; put '
+            "torch.utils.checkpoint around the call"
+        )
 
 
-def _choose_fused(
-    backend: str, device_type: str, extras: tuple[str, ...], truncate: int | None
-) -> bool:
+def _choose_fused(backend: str, device_type: str) -> bool:
     """Whether the fused op runs this; otherwise the reference does."""
     if backend == "torch":
         return False
@@ -305,23 +302,8 @@ def _choose_fused(
             f'backend="{backend}" wants input on {backend}; got {device_type}. Move the input and '
             'the module, or use backend="auto".'
         )
-    if extras and truncate is not None:
-        if not torch.compiler.is_compiling():
-            warn_reference((*extras, "truncate"))
-        return False
     ops.require(device_type)
     return True
-
-
-@functools.cache
-def warn_reference(options: tuple[str, ...]) -> None:
-    """Say, once in a process for a set of options, that they run on the reference."""
-    warnings.warn(
-        f"{', '.join(options)}: not in the fused LSTM here; runs on the reference in plain torch, "
-        "one step at a time, often 10 or more times slower. "
-        'backend="torch" asks for that and silences this.',
-        stacklevel=3,
-    )
 
 
 def _bad_input(x: object, batch_first: bool) -> Exception:

@@ -21,11 +21,13 @@ class Masks:
     Args:
         h_scale: [D, B, P], 0 or ``1 / (1 - recurrent_dropout)``, what h is multiplied by where it
             meets w_hh; None without recurrent dropout.
-        seed: [1] int64, of zoneout's choices; None without zoneout.
+        seed: [D] int64, of zoneout's choices; None without zoneout.
+        first_step: the time in the whole sequence of what is time 0 in a call, for these choices.
     """
 
     h_scale: Tensor | None = None
     seed: Tensor | None = None
+    first_step: int = 0
 
 
 def draw(
@@ -50,29 +52,35 @@ def draw(
         ones = w_hh.new_ones(len(weights), B, w_hh.shape[1], dtype=dtype)
         h_scale = F.dropout(ones, cell.recurrent_dropout)
     if any(cell.zoneout):
-        seed = torch.randint(2**63 - 1, (1,), device=w_hh.device)
+        seed = torch.randint(2**63 - 1, (len(weights),), device=w_hh.device)
     return weights, Masks(h_scale, seed)
 
 
 def zoneout_choices(
-    seed: Tensor, which: int, shape: tuple[int, int, int, int], probability: float
+    seed: Tensor,
+    which: int,
+    shape: tuple[int, int, int, int],
+    probability: float,
+    first_step: int = 0,
 ) -> Tensor:
     """Where zoneout keeps the state: csrc/random.h's choices, in torch.
 
     Args:
-        seed: [1] int64.
+        seed: [D] int64.
         which: 0 for h, 1 for c.
         shape: T, B, D, n, n being P or H.
         probability: that an element is kept.
+        first_step: the time of the first of the T steps.
 
     Returns:
         [T, B, D, n] bool.
     """
     T, B, D, n = shape
-    t, b, d, j = (torch.arange(size, device=seed.device) for size in shape)
+    t, b, j = (torch.arange(size, device=seed.device) for size in (T, B, n))
     lane = j // 64 * 16 + j % 16
-    counter = [lane, b[:, None, None], t[:, None, None, None], (2 * d + which)[:, None]]
-    words = _philox([word.expand(T, B, D, n) for word in counter], seed)
+    choice = torch.full_like(seed, which)[:, None]
+    counter = [lane, b[:, None, None], first_step + t[:, None, None, None], choice]
+    words = _philox([word.expand(T, B, D, n) for word in counter], seed[:, None])
     drawn = torch.stack(words).gather(0, (j // 16 % 4).expand(1, T, B, D, n))[0]
     return drawn < int(probability * 2**32)
 

@@ -163,9 +163,8 @@ class FusedLSTM(nn.RNNBase):
         self._layer_norm_names = self._add(norms if layer_norm else {})
         self._reset_extras()
         self._reset_forget_bias()
-        extras = self._extras()
         if checkpoint is not None:
-            check_checkpoint(backend, extras)
+            check_checkpoint(backend)
 
     def _add(self, sizes: dict[str, int]) -> list[list[str]]:
         """Register parameters of these sizes for each layer and direction; returns their names."""

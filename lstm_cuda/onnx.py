@@ -183,6 +183,7 @@ def _variant_forward(
     norm: Any,
     h_scale: Any,
     seed: Any,
+    first_step: int,
 ) -> tuple[Any, ...]:
     """``variant_ops.variant_forward``, in evaluation, in ONNX."""
     op: Any = importlib.import_module("onnxscript").opset18

@@ -346,7 +346,7 @@ def _zoneout(
     shape = (T, B, len(weights), (P, G // 4)[which])
     if masks is None or masks.seed is None:
         return x.new_full(shape, probability)
-    return zoneout_choices(masks.seed, which, shape, probability)
+    return zoneout_choices(masks.seed, which, shape, probability, masks.first_step)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:

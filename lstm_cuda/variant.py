@@ -41,18 +41,37 @@ def variant_layer(
     Returns:
         As ``reference.lstm_layer``; the last is meaningless unless ``cells``.
     """
+    masks = Masks()
+    if training:
+        weights, masks = draw(cell, weights, x.shape[1], ops.compute_dtype(x.dtype))
+    return masked_layer(
+        x, weights, h0, c0, lengths, reset, reversed, cell, peephole, layer_norm, masks, cells
+    )
+
+
+def masked_layer(
+    x: Tensor,
+    weights: Sequence[Sequence[Tensor]],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reversed: int,
+    cell: Cell,
+    peephole: Sequence[Sequence[Tensor]] | None,
+    layer_norm: Sequence[Sequence[Tensor]] | None,
+    masks: Masks,
+    cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``variant_layer`` with masks that have been drawn, in weights too."""
     D = len(weights)
     dtype = ops.compute_dtype(x.dtype)
     allow_tf32 = tf32_allowed(x.device.type, x.dtype)
-    masks = Masks()
-    if training:
-        weights, masks = draw(cell, weights, x.shape[1], dtype)
     parameters = (w for rows in (weights, peephole, layer_norm) for row in rows or () for w in row)
     if is_transformed(x, tuple(parameters), h0, c0):
         return reference.lstm_layer(
-            x, weights, h0, c0, lengths, reset, reversed, cell, peephole, layer_norm, training,
-            masks=masks,
-        )  # fmt: skip
+            x, weights, h0, c0, lengths, reset, reversed, cell, peephole, layer_norm, masks=masks
+        )
     w_p = None
     if peephole is not None:
         w_p = torch.stack([torch.stack(list(row)) for row in peephole]).to(dtype)
@@ -77,8 +96,8 @@ def variant_layer(
         if c0 is not None and c0 is h0:
             c0 = c0.view_as(c0)  # torch.compile refuses the same tensor twice
         y, h_n, c_n, c = _Layer.apply(
-            reversed, cells, D, allow_tf32, cell, x, h0, c0, w_p, norm, lengths, reset,
-            masks.h_scale, masks.seed, *flat,
+            reversed, cells, D, allow_tf32, cell, masks.first_step, x, h0, c0, w_p, norm, lengths,
+            reset, masks.h_scale, masks.seed, *flat,
         )  # fmt: skip
         return y, h_n, c_n, c
     y, h_n, c_n, _, c, _, _ = variant_ops.variant_forward(
@@ -113,6 +132,7 @@ class _Layer(torch.autograd.Function):
         D: int,
         allow_tf32: bool,
         cell: Cell,
+        first_step: int,
         x: Tensor,
         h0: Tensor | None,
         c0: Tensor | None,
@@ -126,10 +146,11 @@ class _Layer(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, h_n, c_n, gates, c, normed, rstd = variant_ops.variant_forward(
             x, *_kinds(flat, D, norm), h0, c0, lengths, reset, reversed, True, cells, allow_tf32,
-            cell, peephole, norm, Masks(h_scale, seed),
+            cell, peephole, norm, Masks(h_scale, seed, first_step),
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.reversed, ctx.D, ctx.allow_tf32, ctx.cell = reversed, D, allow_tf32, cell
+        ctx.reversed, ctx.D, ctx.allow_tf32 = reversed, D, allow_tf32
+        ctx.cell, ctx.first_step = cell, first_step
         ctx.save_for_backward(
             x, h0, c0, peephole, norm, lengths, reset, h_scale, seed, y, gates, c, normed, rstd,
             *flat,
@@ -146,15 +167,16 @@ class _Layer(torch.autograd.Function):
         dc_n: Tensor | None,
         dc: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # torch.utils.checkpoint gives them once
         (
             x, h0, c0, peephole, norm, lengths, reset, h_scale, seed, y, gates, c, normed, rstd,
             *flat,
-        ) = ctx.saved_tensors  # fmt: skip
-        masks = Masks(h_scale, seed)
+        ) = saved  # fmt: skip
+        masks = Masks(h_scale, seed, ctx.first_step)
         w_ih, w_hh, _, w_hr = _kinds(flat, ctx.D, norm)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _by_reference(ctx, (dy, dh_n, dc_n, dc), masks)
-        needs = ctx.needs_input_grad[5:]  # of tensors
+            return _by_reference(ctx, saved, (dy, dh_n, dc_n, dc), masks)
+        needs = ctx.needs_input_grad[6:]  # of tensors
         needs_w = any(needs[3:5]) or any(needs[9:])
         dx, dh0, dc0, *dw, dpeephole, dnorm = variant_ops.variant_backward(
             dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, ctx.reversed, y, gates,
@@ -165,7 +187,7 @@ class _Layer(torch.autograd.Function):
         else:
             dflat = [part[d] for part in (dw[1], dw[3])[: len(flat) // ctx.D] for d in range(ctx.D)]
         return (
-            None, None, None, None, None,
+            None, None, None, None, None, None,
             dx if needs[0] else None,
             dh0 if needs[1] else None,
             dc0 if needs[2] else None,
@@ -177,12 +199,10 @@ class _Layer(torch.autograd.Function):
 
 
 def _by_reference(
-    ctx: Any, grads: tuple[Tensor | None, ...], masks: Masks
+    ctx: Any, saved: tuple[Any, ...], grads: tuple[Tensor | None, ...], masks: Masks
 ) -> tuple[Tensor | None, ...]:
     """The same gradients as functions that can be differentiated."""
-    x, h0, c0, peephole, norm, lengths, reset, h_scale, seed, _, _, _, _, _, *flat = (
-        ctx.saved_tensors
-    )
+    x, h0, c0, peephole, norm, lengths, reset, h_scale, seed, _, _, _, _, _, *flat = saved
 
     def layer(given: list[Any]) -> tuple[Tensor, ...]:
         x, h0, c0, peephole, norm, _, _, _, _, *flat = given
@@ -200,5 +220,5 @@ def _by_reference(
         )
 
     inputs = (x, h0, c0, peephole, norm, lengths, reset, h_scale, seed, *flat)
-    found = pulled_back(layer, inputs, ctx.needs_input_grad[5:], grads)
-    return (None,) * 5 + tuple(found)
+    found = pulled_back(layer, inputs, ctx.needs_input_grad[6:], grads)
+    return (None,) * 6 + tuple(found)

@@ -68,6 +68,7 @@ def variant_forward(
         _forward, x.device.type,
         x, w_ih or None, w_hh, bias or None, w_hr or None, h0, c0, lengths, reset, reversed, save,
         cells, allow_tf32, *_options(cell), peephole, norm, masks.h_scale, masks.seed,
+        masks.first_step,
     )  # fmt: skip
     return result
 
@@ -109,7 +110,7 @@ def variant_backward(
         _backward, x.device.type,
         dy, dh_n, dc_n, dc, x, w_ih or None, w_hh, w_hr or None, h0, c0, lengths, reset, reversed,
         y, gates, c, need_dx, need_dw, allow_tf32, *_options(cell), peephole, norm, masks.h_scale,
-        masks.seed, normed, rstd,
+        masks.seed, masks.first_step, normed, rstd,
     )  # fmt: skip
     return result
 
@@ -139,6 +140,7 @@ def _forward_fake(
     norm: Tensor | None,
     h_scale: Tensor | None,
     seed: Tensor | None,
+    first_step: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     result = ops.layer_forward_fake(
         x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, save, cells, False
@@ -183,6 +185,7 @@ def _backward_fake(
     norm: Tensor | None,
     h_scale: Tensor | None,
     seed: Tensor | None,
+    first_step: int,
     normed: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, ...]:

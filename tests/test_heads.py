@@ -147,14 +147,12 @@ def test_one_call_of_the_op_for_a_layer(monkeypatch: pytest.MonkeyPatch) -> None
     assert [x.shape[2] for x, *_ in calls] == [FEATURES, 2 * H]
 
 
-@pytest.mark.filterwarnings("ignore:.*not in the fused LSTM yet")
 @pytest.mark.parametrize("options", [{"peephole": True}, {"zoneout": 0.2}, {"coupled": True}])
 def test_options_of_the_reference(options: dict[str, Any]) -> None:
     m = module("cpu", num_layers=2, bidirectional=True, **options).eval()
     agree(m, without_heads(m, **options).eval(), draw(T, B, FEATURES), state(m))
 
 
-@pytest.mark.filterwarnings("ignore:.*not in the fused LSTM yet")
 def test_each_head_is_normalised_by_itself() -> None:
     """Head k is a module of its own, with the k-th rows of each gate."""
     m, h = module("cpu", layer_norm=True), H // N

@@ -501,8 +501,6 @@ def test_errors(modes: dict[str, Any], kind: type[Exception], message: str) -> N
     d = make(Problem(4, 2, 3, 4))
     with pytest.raises(kind, match=message):
         fused_lstm(d.x, d.hx, d.weights, **modes)
-    with pytest.raises(ValueError, match="checkpoint with coupled is not there yet"):
-        FusedLSTM(3, 4, coupled=True, checkpoint=2)
 
 
 def test_the_module() -> None:

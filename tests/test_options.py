@@ -6,8 +6,7 @@ import pytest
 import torch
 from helpers import assert_equal, close
 
-from lstm_cuda import FusedLSTM
-from lstm_cuda.functional import warn_reference
+from lstm_cuda import FusedLSTM, reference
 
 
 def test_extra_repr_shows_options_that_are_set() -> None:
@@ -78,7 +77,6 @@ def with_issue(option: str) -> str:
     return f"{option}-{ISSUES[option]}" if option in ISSUES else option
 
 
-@pytest.mark.filterwarnings("ignore:.*not in the fused LSTM here")
 @pytest.mark.parametrize(
     "options",
     [
@@ -119,14 +117,10 @@ def test_random_options_follow_the_mode_and_the_seed(name: str, backend: str, de
     assert_equal(fused(x)[0], fused(x)[0])
 
 
-def test_options_warn_once_where_the_reference_runs(recwarn: pytest.WarningsRecorder) -> None:
-    warn_reference.cache_clear()
-    x = torch.randn(5, 2, 3)
-    for _ in range(2):
-        FusedLSTM(3, 4, cell_clip=0.5, truncate=2)(x)
-    messages = [str(w.message) for w in recwarn]
-    assert len(messages) == 1
-    assert "cell_clip, truncate" in messages[0] and "slower" in messages[0]
-    FusedLSTM(3, 4, coupled=True, truncate=2, backend="torch")(x)
-    FusedLSTM(3, 4, coupled=True)(x)
-    assert len(recwarn) == 1
+@pytest.mark.parametrize("modes", [{}, {"truncate": 2}, {"checkpoint": 2}], ids=str)
+def test_no_option_runs_on_the_reference(
+    modes: dict[str, int], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(reference, "lstm_layer", None)
+    FusedLSTM(3, 4, cell_clip=0.5, zoneout=0.1, layer_norm=True, **modes)(torch.randn(5, 2, 3))
+    assert len(recwarn) == 0

@@ -117,7 +117,6 @@ def test_compile_a_cell(autocast: bool, device: str) -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*not in the fused LSTM here")
 def test_compile_the_reference(device: str) -> None:
     torch._dynamo.reset()
     lstm = FusedLSTM(3, 4, peephole=True, zoneout=0.2, device=device, dtype=torch.float64).eval()

@@ -128,7 +128,7 @@ def test_gal_and_ghahramani_2016_one_mask_a_sequence() -> None:
 @pytest.mark.parametrize("probability", [0.05, 0.5, 0.9])
 def test_choices_are_independent_and_of_their_rate(probability: float) -> None:
     shape = (50, 8, 2, 130)
-    seed = torch.tensor([0x123456789ABCDEF])
+    seed = torch.tensor([0x123456789ABCDEF, 0x123456789ABCDF0])
     h, c = (zoneout_choices(seed, which, shape, probability).double() for which in (0, 1))
     count = h.numel()
     sigma = (probability * (1 - probability)) ** 0.5

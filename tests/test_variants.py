@@ -216,6 +216,81 @@ def test_one_parameter_or_the_input_alone(device: str, options: dict[str, Any]) 
         torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
 
 
+SEGMENTS: list[dict[str, Any]] = [
+    {"checkpoint": 3},
+    {"truncate": 4},
+    {"checkpoint": 2, "truncate": 4},
+    {"checkpoint": 20},
+]
+
+
+@pytest.mark.parametrize("modes", SEGMENTS, ids=name)
+@pytest.mark.parametrize("structure", STRUCTURES, ids=name)
+@pytest.mark.parametrize(
+    ("options", "training"),
+    [(SINGLE[5], False), *((options, True) for options in (SINGLE[5], *PAIRS[2:4], PAIRS[5]))],
+    ids=str,
+)
+def test_in_segments(
+    device: str,
+    options: dict[str, Any],
+    structure: dict[str, Any],
+    modes: dict[str, int],
+    training: bool,
+) -> None:
+    """Masks are those of the whole sequence, and so are gradients, up to where they are to end."""
+    T, B, H = 9, 4, 7
+    fused, reference = pair(3, H, device, training, **options, **structure)
+    fused.checkpoint, fused.truncate = modes.get("checkpoint"), modes.get("truncate")
+    reference.truncate = fused.truncate
+    states = structure.get("num_layers", 1) * (2 if "bidirectional" in structure else 1)
+    x, *hx = (
+        torch.randn(size, dtype=torch.float64, device=device)
+        for size in ((T, B, 3), (states, B, structure.get("proj_size", H)), (states, B, H))
+    )
+    call = {
+        "lengths": torch.tensor([T, 0, 4, 6], device=device),
+        "reset": torch.rand(T, B, device=device) < 0.2,
+    }
+    for more in ({}, call):
+        for state in (hx, None):
+            for a, b in zip(
+                run(fused, x, state, **more), run(reference, x, state, **more), strict=True
+            ):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("modes", SEGMENTS[:3], ids=name)
+def test_segments_keep_less_and_transform(modes: dict[str, int]) -> None:
+    """Of a checkpointed sequence no gates are kept; compiled, and differentiated twice."""
+    options = {**PAIRS[5], "dtype": torch.float64}
+    fused = FusedLSTM(3, 4, **options, **modes)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fused(torch.randn(12, 2, 3, dtype=torch.float64))
+    assert any(t.shape[-1:] == (16,) and t.dim() == 4 for t in kept) == ("checkpoint" not in modes)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    x = torch.randn(9, 2, 3, dtype=torch.float64, requires_grad=True)
+    results = []
+    for module in (fused, compiled):
+        torch.manual_seed(4)
+        y = module(x)[0]
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *fused.parameters()])])
+    for a, b in zip(*results, strict=True):
+        close(a, b)
+
+    def call(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        y: Tensor = fused(x)[0]
+        return y
+
+    if "truncate" not in modes:  # whose gradients are none of the outputs
+        assert torch.autograd.gradcheck(call, x)
+        assert torch.autograd.gradgradcheck(call, x, fast_mode=True)
+
+
 @pytest.mark.parametrize("options", [SINGLE[5], PAIRS[2], PAIRS[5]], ids=name)
 def test_transforms_take_the_reference(options: dict[str, Any]) -> None:
     fused, reference = pair(3, 4, **options)

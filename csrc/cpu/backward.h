@@ -359,8 +359,7 @@ class BackwardJob {
   void choose(const Walk& walk, int64_t index, int64_t q) const {
     if (q >= walk.rows) return;
     const VariantRows<T> rows(s_, *p_.variant, d_);
-    const int64_t b = walk.row[q].b,
-                  t = schedule_.time(index) + p_.others.earlier(schedule_.reversed);
+    const int64_t b = walk.row[q].b, t = schedule_.time(index) + p_.variant->first_step;
     if (keep_h_) rows.choose(Choice::h, t, b0_ + b, s_.P, keep_h_ + b * width());
     if (keep_c_) rows.choose(Choice::c, t, b0_ + b, s_.H, keep_c_ + b * width());
   }

@@ -464,7 +464,7 @@ class ForwardJob {
     const VariantRow& more = walk.variant[q];
     const Variant& v = *p_.variant;
     const VariantRows<T> rows(s_, v, d_);
-    const int64_t t = schedule_.time(index) + p_.others.earlier(schedule_.reversed);
+    const int64_t t = schedule_.time(index) + v.first_step;
     if (more.keep_h) rows.choose(Choice::h, t, b0_ + more.b, s_.P, more.keep_h);
     if (more.keep_c) rows.choose(Choice::c, t, b0_ + more.b, s_.H, more.keep_c);
     const bool normed = v.norm && p_.gates;

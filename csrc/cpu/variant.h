@@ -52,9 +52,9 @@ class VariantRows {
       for (int lane = 0; lane < 16; lane += width) {
         uint32_t first[width];
         for (int l = 0; l < width; ++l) first[l] = random_lane(j + lane + l);
-        PhiloxState<U> s{{bit_cast<U>(first), U{} + uint32_t(b), U{} + uint32_t(t),
-                          U{} + (uint32_t(2 * d_) + uint32_t(choice))}};
-        philox<VectorProduct>(s, *v_.seed);
+        PhiloxState<U> s{
+            {bit_cast<U>(first), U{} + uint32_t(b), U{} + uint32_t(t), U{} + uint32_t(choice)}};
+        philox<VectorProduct>(s, v_.seed[d_]);
         for (int word = 0; word < 4; ++word) {
           const auto drawn = bit_cast<Words>(s.word[word]);
           T* const out = keep + j + 16 * word + lane;

@@ -16,8 +16,9 @@ template <class Compute>
 LSTM_DEVICE Compute kept_part(const Variant& v, Choice choice, const UnitOfStep& at) {
   const double probability = choice == Choice::h ? v.cell.zoneout_h : v.cell.zoneout_c;
   if (!v.seed) return Compute(probability);
-  return random_keep(*v.seed, choice, at.t, at.b, at.d, at.unit, probability) ? Compute(1)
-                                                                              : Compute(0);
+  return random_keep(v.seed[at.d], choice, v.first_step + at.t, at.b, at.unit, probability)
+             ? Compute(1)
+             : Compute(0);
 }
 
 // h as a result, from h before zoneout; `read` is what the next product reads. h_state [D, B, P] has

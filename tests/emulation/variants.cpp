@@ -59,7 +59,8 @@ class VariantRunner {
     std::vector<uint8_t> boundaries;
     for (int64_t b = 0; b < B; ++b) of_rows.push_back(b == 0 ? T : b + 1 == B ? 0 : T - 1);
     for (int64_t k = 0; k < T * B; ++k) boundaries.push_back(random_() % 4 == 0);
-    const DeviceBuffer<int64_t> lengths(of_rows), seed(std::vector<int64_t>{0x123456789});
+    const DeviceBuffer<int64_t> lengths(of_rows),
+        seed(std::vector<int64_t>{0x123456789, 0x987654321});
     const DeviceBuffer<uint8_t> reset(boundaries);
     const Elements h0(elements(D * B * P)), c0(elements(D * B * H)), gates(elements(rows * 4 * H));
     const Computes gates_x(computes(rows * 4 * H)), w_p(computes(D * 3 * H)),
