@@ -184,6 +184,14 @@ MUTANTS = [
         "float32",
     ),
     step(
+        "sums_over_stages_that_are_read",
+        "step_product.cuh",
+        "if constexpr (Tile::kDepthWarps == 1) ptx::block_sync();",
+        "",
+        "tsan",
+        "float32",
+    ),
+    step(
         "chunk_read_before_it_landed",
         "step_product.cuh",
         "ptx::cp_async_wait<Tile::kStages - 2>();",
