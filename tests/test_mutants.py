@@ -968,3 +968,10 @@ def test_what_notices_them_passes_without(
     program: Program, verdicts: dict[object, Future[str | None]]
 ) -> None:
     assert verdicts[program].result() is None
+
+
+def test_a_mutation_that_no_longer_applies_is_an_error() -> None:
+    with pytest.raises(ValueError, match="has 0 of 'no such text', not 1"):
+        build.mutate("none", MICRO_KERNELS, "no such text", "")
+    with pytest.raises(ValueError, match="not 1"):
+        build.mutate("many", MICRO_KERNELS, "ptx::block_sync();", "")
