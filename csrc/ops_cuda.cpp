@@ -242,6 +242,7 @@ BackwardResult run_backward(RecurrenceBackward p, const Inputs& in, const Gradie
   const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
   const Tensor& x = in.x;
   const bool of_input = need.dw && !in.w_ih.empty();
+  const bool of_gates_x = need.dx && in.w_ih.empty();
   const Context context(x);
   // Apart each time: results of an op are not the same tensor.
   const auto nothing = [&] { return empty({0}, in.type, x); };
@@ -262,8 +263,7 @@ BackwardResult run_backward(RecurrenceBackward p, const Inputs& in, const Gradie
   const Tensor dgates = empty({rows, D, 4 * H}, in.type, x);
   const Tensor dh = projected ? empty({rows, D, P}, in.type, x) : nothing();
   const Tensor dc0 = in.c0 ? empty({D, B, H}, in.c_type, x) : nothing();
-  const Tensor dgates_x =
-      need.dx && in.w_ih.empty() ? empty({T, B, D * 4 * H}, x.scalar_type(), x) : nothing();
+  const Tensor dgates_x = of_gates_x ? empty({T, B, D * 4 * H}, x.scalar_type(), x) : nothing();
   const Tensor m = need.dw && projected ? empty({rows, D * H}, in.type, x) : nothing();
   const Products products(in.w_hh[0], allow_tf32, context.stream);
   BackwardCall backward{in,         products, grads.dy,
@@ -280,15 +280,13 @@ BackwardResult run_backward(RecurrenceBackward p, const Inputs& in, const Gradie
   backward.p.dh = projected ? dh.data_ptr() : nullptr;
   backward.p.dh0 = in.h0 ? backward.dh0.data_ptr() : nullptr;
   backward.p.dc0 = in.c0 ? dc0.data_ptr() : nullptr;
-  if (p.variant) {
-    backward.p.dgates_x = need.dx && in.w_ih.empty() ? dgates_x.data_ptr() : nullptr;
-    backward.p.m = need.dw && projected ? m.data_ptr() : nullptr;
-  }
+  backward.p.dgates_x = of_gates_x ? dgates_x.data_ptr() : nullptr;
+  backward.p.m = p.variant && need.dw && projected ? m.data_ptr() : nullptr;
   run(backward, allow_tf32, context);
 
   const Tensor flat = shaped(dgates, {rows, D * 4 * H});
   Tensor dx = dgates_x, dw_ih = nothing(), dw_hh = nothing(), db = nothing(), dw_hr = nothing();
-  if (need.dx && !in.w_ih.empty())
+  if (need.dx && !of_gates_x)
     dx = shaped(products.multiply_each(flat, cat(in.w_ih), inputs), {T, B, inputs * I});
   if (need.dw) {
     Tensor h_prev = empty({rows, D * P}, in.type, x);

@@ -56,14 +56,10 @@ def of_family(
     return Mutant(f"{family}_{name}", path, old, new, variant, RECURRENCE, arguments, count)
 
 
-def of_variants(
-    name: str, file: str, old: str, new: str, variant: str, case: int, count: int = 1
-) -> Mutant:
+def of_variants(name: str, file: str, old: str, new: str, variant: str, case: int) -> Mutant:
     """A mutant of rec_step for other cells, which one case of variants.cpp notices."""
     arguments = ("float32", "reverse", "0", str(case))
-    return Mutant(
-        f"variant_{name}", f"csrc/cuda/{file}", old, new, variant, VARIANTS, arguments, count
-    )
+    return Mutant(f"variant_{name}", f"csrc/cuda/{file}", old, new, variant, VARIANTS, arguments)
 
 
 cta = functools.partial(of_family, "rec_cta")
@@ -114,11 +110,10 @@ MUTANTS = [
     of_variants(
         "rows_without_waiting_for_their_products",
         "step_variant.cuh",
-        "  ptx::dependency_wait();\n",
+        "    ptx::dependency_wait();\n",
         "",
         "tsan",
         1,
-        count=2,
     ),
     of_variants(
         "units_past_the_last",

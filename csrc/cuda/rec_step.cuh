@@ -391,8 +391,8 @@ step_project(LSTM_PARAMETER StepProject p) {
         const Compute outer = outer_gradient<arithmetic>(p, y_at, state_at, t == schedule.last(b));
         const bool carried = is_carried(p, schedule, b);
         if constexpr (variant)
-          dh = output_gradient<arithmetic>(p.variant, p.state, {t, d, b, unit}, state_at, carried,
-                                           sums[0], outer);
+          dh = output_gradient(p.variant, p.state, {t, d, b, unit}, state_at, carried, sums[0],
+                               outer);
         else
           dh = (carried ? sums[0] : 0) + outer;
       }
@@ -403,8 +403,7 @@ step_project(LSTM_PARAMETER StepProject p) {
       // The state of a row of length 0 has passed through; else the first step's gradient has,
       // unless that step began afresh.
       Compute dh0 = sums[0];
-      if constexpr (variant)
-        dh0 = recurrent_gradient<arithmetic>(p.variant, p.state, state_at, sums[0]);
+      if constexpr (variant) dh0 = recurrent_gradient(p.variant, p.state, state_at, sums[0]);
       if (schedule.length(b) == 0)
         dh0 = T::value_or_zero(p.dh_n, state_at);
       else if (schedule.fresh(schedule.first(b), b))

@@ -151,8 +151,8 @@ variant_backward(LSTM_PARAMETER StepBackward p) {
     Compute dm = sums[0];
     if (!p.shape.projected) {
       const Compute outer = outer_gradient<arithmetic>(p, at.cell, at.state, t == schedule.last(b));
-      dm = output_gradient<arithmetic>(p.variant, p.dh_state, at, at.state,
-                                       is_carried(p, schedule, b), dm, outer);
+      dm = output_gradient(p.variant, p.dh_state, at, at.state, is_carried(p, schedule, b), dm,
+                           outer);
     }
     if (p.row) {
       static_cast<Compute*>(p.row)[(d * B + b) * 8 * H + unit] = dm;
@@ -238,25 +238,55 @@ Status start_rows(const char* name, const Params& p, bool overlap, Stream stream
   return launch<kernel>(shape, p, stream);
 }
 
+// The row of a block, after the launch that left its products.
+template <Arithmetic arithmetic, class Step>
+struct BlockRow {
+  using Compute = typename Types<arithmetic>::Compute;
+
+  const Step& p;
+  int64_t H, d, b;
+  Schedule schedule;
+  int64_t t, row;  // in [T, B, D]
+  bool fresh;
+  const Compute* gain;  // [6, H], as Variant::norm has them
+
+  LSTM_DEVICE explicit BlockRow(const Step& step)
+      : p(step),
+        H(step.shape.H),
+        d(ptx::block_index() / step.shape.B),
+        b(ptx::block_index() % step.shape.B),
+        schedule(schedule_of(step.shape, d, step.lengths, step.reset)),
+        t(schedule.time(step.step)),
+        row((t * step.shape.B + b) * step.shape.D + d),
+        fresh(schedule.fresh(t, b)),
+        gain(static_cast<const Compute*>(step.variant.norm) + d * 6 * H) {
+    ptx::dependency_wait();
+    ptx::dependency_release();
+  }
+
+  LSTM_DEVICE bool active() const { return schedule.active(t, b); }
+  LSTM_DEVICE Place place(int64_t unit) const { return place_of<arithmetic>(p, t, d, b, unit); }
+  // Its room, of so many rows of H.
+  LSTM_DEVICE Compute* room(int64_t rows) const {
+    return static_cast<Compute*>(p.row) + (d * p.shape.B + b) * rows * H;
+  }
+};
+
 template <Arithmetic arithmetic>
 LSTM_KERNEL(kRowThreads, 1)
 variant_forward_row(LSTM_PARAMETER StepForward p) {
   using Compute = typename Types<arithmetic>::Compute;
   using Math = DeviceMath<arithmetic>;
   RowTotals<Compute> totals;
-  const int64_t B = p.shape.B, H = p.shape.H, d = ptx::block_index() / B,
-                b = ptx::block_index() % B;
-  const Schedule schedule = schedule_of(p.shape, d, p.lengths, p.reset);
-  const int64_t t = schedule.time(p.step), of_row = (t * B + b) * p.shape.D + d;
-  const bool fresh = schedule.fresh(t, b);
+  const BlockRow<arithmetic, StepForward> of(p);
+  const int64_t H = of.H;
+  const Schedule& schedule = of.schedule;
+  const bool fresh = of.fresh;
   const CellOptions& options = p.variant.cell;
-  const Compute* const gain = static_cast<const Compute*>(p.variant.norm) + d * 6 * H;
-  Compute* const row = static_cast<Compute*>(p.row) + (d * B + b) * 5 * H;
-  const auto place = [&](int64_t unit) { return place_of<arithmetic>(p, t, d, b, unit); };
-  ptx::dependency_wait();
-  ptx::dependency_release();
-  if (!schedule.active(t, b)) {
-    each_unit(H, [&](int64_t unit) { takes_part<arithmetic>(p, schedule, place(unit)); });
+  const Compute* const gain = of.gain;
+  Compute* const row = of.room(5);
+  if (!of.active()) {
+    each_unit(H, [&](int64_t unit) { takes_part<arithmetic>(p, schedule, of.place(unit)); });
     return;
   }
   // Nothing comes of h where a row begins afresh.
@@ -266,18 +296,18 @@ variant_forward_row(LSTM_PARAMETER StepForward p) {
       for (int gate = 0; gate < 4; ++gate) visit(product(gate * H + unit));
     });
   });
-  const bool save = p.save && p.variant.normed;
-  if (save && ptx::thread_index() == 0) static_cast<Compute*>(p.variant.rstd)[of_row] = of_h.rstd;
+  Compute* const kept = static_cast<Compute*>(p.variant.normed);
+  if (kept && ptx::thread_index() == 0) static_cast<Compute*>(p.variant.rstd)[of.row] = of_h.rstd;
   Compute* const c = row + 4 * H;
   each_unit(H, [&](int64_t unit) {
-    const Place at = place(unit);
+    const Place at = of.place(unit);
     Cell<Compute> cell = given_gates<arithmetic>(p, at);
     Compute* const gates[4] = {&cell.i, &cell.f, &cell.g, &cell.o};
     LSTM_UNROLL
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t k = gate * H + unit;
       const Compute normed = of_h(product(k));
-      if (save) static_cast<Compute*>(p.variant.normed)[of_row * 4 * H + k] = normed;
+      if (kept) kept[of.row * 4 * H + k] = normed;
       *gates[gate] += normed * gain[k];
     }
     variant_cell<Math>(options, peephole_of<Compute>(p.variant, H, at), cell,
@@ -289,7 +319,7 @@ variant_forward_row(LSTM_PARAMETER StepForward p) {
   const auto of_c = Normed<Compute>::of(
       totals, H, [&](auto visit) { each_unit(H, [&](int64_t unit) { visit(c[unit]); }); });
   each_unit(H, [&](int64_t unit) {
-    const Place at = place(unit);
+    const Place at = of.place(unit);
     const Cell<Compute> cell{row[unit],         row[H + unit], row[2 * H + unit],
                              row[3 * H + unit], c[unit],       0};
     const Compute shown = of_c(cell.c) * gain[4 * H + unit] + gain[5 * H + unit];
@@ -306,32 +336,28 @@ variant_backward_row(LSTM_PARAMETER StepBackward p) {
   using Compute = typename Types<arithmetic>::Compute;
   using Math = DeviceMath<arithmetic>;
   RowTotals<Compute> totals;
-  const int64_t B = p.shape.B, H = p.shape.H, d = ptx::block_index() / B,
-                b = ptx::block_index() % B;
-  const Schedule schedule = schedule_of(p.shape, d, p.lengths, p.reset);
-  const int64_t t = schedule.time(p.step), of_row = (t * B + b) * p.shape.D + d;
-  const bool fresh = schedule.fresh(t, b);
+  const BlockRow<arithmetic, StepBackward> of(p);
+  const int64_t H = of.H;
+  const Schedule& schedule = of.schedule;
+  const bool fresh = of.fresh;
   const CellOptions& options = p.variant.cell;
-  const Compute* const gain = static_cast<const Compute*>(p.variant.norm) + d * 6 * H;
-  const Compute* const normed = static_cast<const Compute*>(p.variant.normed) + of_row * 4 * H;
-  Compute* const dm = static_cast<Compute*>(p.row) + (d * B + b) * 8 * H;
+  const Compute* const gain = of.gain;
+  const Compute* const normed = static_cast<const Compute*>(p.variant.normed) + of.row * 4 * H;
+  Compute* const dm = of.room(8);
   Compute *const c = dm + H, *const dnormed = dm + 2 * H, *const d_o = dm + 3 * H,
                  *const dproduct = dm + 4 * H;
-  const auto place = [&](int64_t unit) { return place_of<arithmetic>(p, t, d, b, unit); };
-  ptx::dependency_wait();
-  ptx::dependency_release();
-  if (!schedule.active(t, b)) return;  // variant_backward has done what there is to do
+  if (!of.active()) return;  // variant_backward has done what there is to do
 
   each_unit(H, [&](int64_t unit) {
     Cell<Compute> cell;
-    const Compute c_prev = load_cell<arithmetic>(p, schedule, place(unit), fresh, cell);
+    const Compute c_prev = load_cell<arithmetic>(p, schedule, of.place(unit), fresh, cell);
     c[unit] = options.zoneout_c > 0 ? variant_state(options, cell, c_prev) : cell.c;
   });
   const auto of_c = Normed<Compute>::of(
       totals, H, [&](auto visit) { each_unit(H, [&](int64_t unit) { visit(c[unit]); }); });
   Compute sum = 0, weighted = 0;
   each_unit(H, [&](int64_t unit) {
-    const Place at = place(unit);
+    const Place at = of.place(unit);
     Cell<Compute> cell, grad;
     load_cell<arithmetic>(p, schedule, at, fresh, cell);
     const Compute c_normed = of_c(c[unit]), gain_c = gain[4 * H + unit];
@@ -352,7 +378,7 @@ variant_backward_row(LSTM_PARAMETER StepBackward p) {
   const Compute mean_c = sum / Compute(H), weighted_c = weighted / Compute(H);
   sum = weighted = 0;
   each_unit(H, [&](int64_t unit) {
-    const Place at = place(unit);
+    const Place at = of.place(unit);
     Cell<Compute> cell, grad;
     const Compute c_prev = load_cell<arithmetic>(p, schedule, at, fresh, cell);
     cell.c = c[unit];
@@ -374,13 +400,13 @@ variant_backward_row(LSTM_PARAMETER StepBackward p) {
   });
   totals.add_up(sum, weighted);
   const Compute mean_h = sum / Compute(4 * H), weighted_h = weighted / Compute(4 * H),
-                rstd = static_cast<const Compute*>(p.variant.rstd)[of_row];
+                rstd = static_cast<const Compute*>(p.variant.rstd)[of.row];
   each_unit(H, [&](int64_t unit) {
     const auto of_product = [&](int64_t k) {
       return (dproduct[k] - mean_h - normed[k] * weighted_h) * rstd;
     };
     keep_gradients<arithmetic>(
-        p, place(unit),
+        p, of.place(unit),
         Cell<Compute>{of_product(unit), of_product(H + unit), of_product(2 * H + unit),
                       of_product(3 * H + unit), 0, 0});
   });

@@ -42,7 +42,7 @@ LSTM_DEVICE Element output_of(const Variant& v, void* h_state, const UnitOfStep&
 }
 
 // The gradient of h that comes from the step after: `product` through w_hh, and what zoneout left.
-template <Arithmetic arithmetic, class Compute>
+template <class Compute>
 LSTM_DEVICE Compute recurrent_gradient(const Variant& v, const void* dh_state, int64_t state_at,
                                        Compute product) {
   if (v.h_scale) product *= static_cast<const Compute*>(v.h_scale)[state_at];
@@ -51,12 +51,12 @@ LSTM_DEVICE Compute recurrent_gradient(const Variant& v, const void* dh_state, i
 }
 
 // The gradient of h before zoneout; dh_state, if there is zoneout of h, gets what is for the h before.
-template <Arithmetic arithmetic, class Compute>
+template <class Compute>
 LSTM_DEVICE Compute output_gradient(const Variant& v, void* dh_state, const UnitOfStep& at,
                                     int64_t state_at, bool carried, Compute product,
                                     Compute outer) {
   Compute dh = outer;
-  if (carried) dh += recurrent_gradient<arithmetic>(v, dh_state, state_at, product);
+  if (carried) dh += recurrent_gradient(v, dh_state, state_at, product);
   if (!dh_state) return dh;
   const Compute keep = kept_part<Compute>(v, Choice::h, at);
   static_cast<Compute*>(dh_state)[state_at] = keep * dh;

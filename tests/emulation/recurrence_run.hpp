@@ -50,6 +50,13 @@ Element narrow(double v) {
     return to_element<Element>(float(v));
 }
 
+constexpr Dtype dtype_of(Arithmetic arithmetic) {
+  return arithmetic == Arithmetic::float64    ? Dtype::float64
+         : arithmetic == Arithmetic::float16  ? Dtype::float16
+         : arithmetic == Arithmetic::bfloat16 ? Dtype::bfloat16
+                                              : Dtype::float32;
+}
+
 // Bound of norm(out - expected) / norm(expected).
 constexpr double bound_of(Arithmetic arithmetic) {
   return arithmetic == Arithmetic::float64    ? 1e-12
@@ -98,10 +105,7 @@ class Runner {
   std::string run(const Choice& choice) {
     const Case& c = p_.c;
     LayerShape shape{};
-    shape.dtype = arithmetic == Arithmetic::float64    ? Dtype::float64
-                  : arithmetic == Arithmetic::float16  ? Dtype::float16
-                  : arithmetic == Arithmetic::bfloat16 ? Dtype::bfloat16
-                                                       : Dtype::float32;
+    shape.dtype = dtype_of(arithmetic);
     shape.T = c.T, shape.B = c.B, shape.D = c.D, shape.H = c.H, shape.P = p_.P;
     shape.reversed = c.reversed, shape.projected = c.P != 0;
     const std::optional<Kernels> kernels = choice(arithmetic, shape, c);

@@ -36,10 +36,7 @@ class VariantRunner {
 
  public:
   explicit VariantRunner(const VariantCase& c) : c_(c) {
-    shape_.dtype = arithmetic == Arithmetic::float64    ? Dtype::float64
-                   : arithmetic == Arithmetic::float16  ? Dtype::float16
-                   : arithmetic == Arithmetic::bfloat16 ? Dtype::bfloat16
-                                                        : Dtype::float32;
+    shape_.dtype = dtype_of(arithmetic);
     shape_.T = c.T, shape_.B = c.B, shape_.D = c.D, shape_.H = c.H, shape_.P = c.P ? c.P : c.H;
     shape_.reversed = c.reversed, shape_.projected = c.P != 0;
   }
