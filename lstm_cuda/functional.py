@@ -11,6 +11,7 @@ from torch import Tensor
 from . import heads as blocks
 from . import ops, reference
 from .layer import fused_layer
+from .masks import Masks, draw
 from .packed import PackedWeights
 from .reference import PLAIN, Cell, check_probability
 from .segments import check_segments, segmented_layer
@@ -206,7 +207,10 @@ def fused_lstm(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wanted = return_cells and k == L - 1
         if fused and extras:
-            given = x, rows, h, c, lengths, reset, reversed, cell, *own(k), training, wanted
+            masks = Masks()
+            if training:
+                rows, masks = draw(cell, rows, x.shape[1], ops.compute_dtype(x.dtype))
+            given = x, rows, h, c, lengths, reset, reversed, cell, *own(k), masks, wanted
             if in_segments:
                 return segmented_variant_layer(*given, checkpoint, truncate)
             return variant_layer(*given)

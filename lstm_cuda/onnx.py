@@ -230,6 +230,7 @@ def _node(
     peephole: Any = None,
     **attributes: Any,
 ) -> tuple[Any, ...]:
+    """A layer as one node, and what surrounds it; ``peephole`` and ``attributes`` are ONNX's."""
     op: Any = importlib.import_module("onnxscript").opset18  # what torch's exporter builds on
 
     D, H = len(w_hh), w_hh[0].shape[0] // 4

@@ -30,7 +30,7 @@ _library.define(
 )
 
 
-class _Segment(NamedTuple):
+class Segment(NamedTuple):
     """Steps start to end, number n of the sequence, and what belongs to them.
 
     ``entry`` is the step that the boundary by which the recurrence comes in stands before; 0 or T
@@ -48,31 +48,22 @@ class _Segment(NamedTuple):
     reset: Tensor | None
 
 
-class _Direction:
-    """One recurrence of a layer, segment by segment. Arguments are those of the ops."""
+class Cuts:
+    """A sequence cut before every ``steps``-th step of time, for recurrences of one direction.
+
+    Args:
+        x, lengths, reset: as for ``reference.lstm_layer``.
+        backwards: they run from the last step to the first.
+        steps: of a segment.
+    """
 
     def __init__(
-        self,
-        d: int,
-        x: Tensor,
-        w_ih: Sequence[Tensor],
-        w_hh: Sequence[Tensor],
-        bias: Sequence[Tensor],
-        w_hr: Sequence[Tensor],
-        lengths: Tensor | None,
-        reset: Tensor | None,
-        reversed: int,
-        steps: int,
-        allow_tf32: bool,
+        self, x: Tensor, lengths: Tensor | None, reset: Tensor | None, backwards: bool, steps: int
     ) -> None:
-        D, P = len(w_hh), w_hh[0].shape[1]
-        self.x, self.lengths, self.reset, self.steps = x, lengths, reset, steps
-        self.backwards, self.allow_tf32 = reversed >> d & 1, allow_tf32
-        self.w_ih, self.w_hh, self.bias, self.w_hr = (w[d::D] for w in (w_ih, w_hh, bias, w_hr))
-        self.d, self.columns = d, slice(d * P, (d + 1) * P)  # of y
-        self._sums: Tensor | None = None
+        self.x, self.lengths, self.reset = x, lengths, reset
+        self.backwards, self.steps = backwards, steps
 
-    def segments(self) -> list[_Segment]:
+    def segments(self) -> list[Segment]:
         """All segments, in the order of the recurrence."""
         T = self.x.shape[0]
         found = []
@@ -80,7 +71,7 @@ class _Direction:
             end = min(start + self.steps, T)
             entry, others = (end, (T - end, start)) if self.backwards else (start, (start, T - end))
             found.append(
-                _Segment(
+                Segment(
                     n, start, end, entry, *others, self.x[start:end],
                     None if self.lengths is None else (self.lengths - start).clamp(0, end - start),
                     None if self.reset is None else self.reset[start:end],
@@ -104,6 +95,31 @@ class _Direction:
             return None
         return rows if self.lengths is None else rows & (self.lengths > entry)
 
+
+class _Direction(Cuts):
+    """One recurrence of a layer, segment by segment. Arguments are those of the ops."""
+
+    def __init__(
+        self,
+        d: int,
+        x: Tensor,
+        w_ih: Sequence[Tensor],
+        w_hh: Sequence[Tensor],
+        bias: Sequence[Tensor],
+        w_hr: Sequence[Tensor],
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        reversed: int,
+        steps: int,
+        allow_tf32: bool,
+    ) -> None:
+        super().__init__(x, lengths, reset, bool(reversed >> d & 1), steps)
+        D, P = len(w_hh), w_hh[0].shape[1]
+        self.allow_tf32 = allow_tf32
+        self.w_ih, self.w_hh, self.bias, self.w_hr = (w[d::D] for w in (w_ih, w_hh, bias, w_hr))
+        self.d, self.columns = d, slice(d * P, (d + 1) * P)  # of y
+        self._sums: Tensor | None = None
+
     def first(self, h0: Tensor | None, c0: Tensor | None) -> tuple[Tensor, Tensor]:
         """h [1, B, P] and c [1, B, H], in the compute dtype, that the recurrence starts from."""
         B, (G, P) = self.x.shape[1], self.w_hh[0].shape
@@ -114,7 +130,7 @@ class _Direction:
         )
 
     def start(
-        self, s: _Segment, h0: Tensor | None, c0: Tensor | None, y: Tensor, c: Tensor
+        self, s: Segment, h0: Tensor | None, c0: Tensor | None, y: Tensor, c: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The same for a segment, from y and c of all steps."""
         h, state = self.first(h0, c0)
@@ -134,16 +150,16 @@ class _Direction:
         return reference._zero(h_before, closed), reference._zero(c_before, closed)
 
     def forward(
-        self, s: _Segment, h: Tensor, c: Tensor, save: bool, cells: bool
+        self, s: Segment, h: Tensor, c: Tensor, save: bool, cells: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return ops.layer_forward(
             s.x, self.w_ih, self.w_hh, self.bias, self.w_hr, h, c, s.lengths, s.reset,
-            self.backwards, save, cells, self.allow_tf32, None, 0, s.before, s.after,
+            int(self.backwards), save, cells, self.allow_tf32, None, 0, s.before, s.after,
         )  # fmt: skip
 
     def backward(
         self,
-        s: _Segment,
+        s: Segment,
         dy: Tensor | None,
         dh_n: Tensor | None,
         across: Tensor | None,
@@ -170,19 +186,19 @@ class _Direction:
         if not ops.in_pieces(self.x):
             return ops.layer_backward(
                 dy, dh_n if s.after == 0 else across, dc_n, dc, s.x, self.w_ih, self.w_hh,
-                self.w_hr, h, c, s.lengths, s.reset, self.backwards, *saved, need_dx, need_dw,
+                self.w_hr, h, c, s.lengths, s.reset, int(self.backwards), *saved, need_dx, need_dw,
                 self.allow_tf32,
             )  # fmt: skip
         if self._sums is None:
             self._sums = ops.piece_sums(self.x, self.w_ih, self.w_hh, self.w_hr)
         dx, dh0, dc0, *dw, carry = ops.piece_backward(
             dy, self.ending(s, dh_n), dc_n, dc, s.x, self.w_ih, self.w_hh, self.w_hr, h, c,
-            s.lengths, s.reset, self.backwards, *saved, need_dx, need_dw, s.before, s.after, across,
-            self._sums,
+            s.lengths, s.reset, int(self.backwards), *saved, need_dx, need_dw, s.before, s.after,
+            across, self._sums,
         )  # fmt: skip
         return dx, dh0 if s.before == 0 else carry, dc0, *dw
 
-    def ending(self, s: _Segment, final: Tensor | None) -> Tensor | None:
+    def ending(self, s: Segment, final: Tensor | None) -> Tensor | None:
         """``final`` [1, B, P] of rows whose last step is here; with the first, of empty ones."""
         if final is None:
             return None

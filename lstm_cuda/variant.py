@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops, reference, variant_ops
 from .differentiation import pulled_back
 from .layer import by_kind, flat_gradients, is_transformed, requires_grad, tf32_allowed
-from .masks import Masks, draw
+from .masks import Masks
 from .reference import Cell
 
 
@@ -26,49 +26,25 @@ def variant_layer(
     cell: Cell,
     peephole: Sequence[Sequence[Tensor]] | None,
     layer_norm: Sequence[Sequence[Tensor]] | None,
-    training: bool,
+    masks: Masks,
     cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``reference.lstm_layer`` on the fused ops.
 
     Derivatives beyond the first, torch.func's and those of forward mode take the reference's way,
-    with the masks that were drawn here.
+    with the same masks.
 
     Args:
-        x ... training: as for ``reference.lstm_layer``.
+        x ... layer_norm, masks: as for ``reference.lstm_layer``.
         cells: the cell states are wanted.
 
     Returns:
         As ``reference.lstm_layer``; the last is meaningless unless ``cells``.
     """
-    masks = Masks()
-    if training:
-        weights, masks = draw(cell, weights, x.shape[1], ops.compute_dtype(x.dtype))
-    return masked_layer(
-        x, weights, h0, c0, lengths, reset, reversed, cell, peephole, layer_norm, masks, cells
-    )
-
-
-def masked_layer(
-    x: Tensor,
-    weights: Sequence[Sequence[Tensor]],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reversed: int,
-    cell: Cell,
-    peephole: Sequence[Sequence[Tensor]] | None,
-    layer_norm: Sequence[Sequence[Tensor]] | None,
-    masks: Masks,
-    cells: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``variant_layer`` with masks that have been drawn, in weights too."""
     D = len(weights)
     dtype = ops.compute_dtype(x.dtype)
     allow_tf32 = tf32_allowed(x.device.type, x.dtype)
-    parameters = (w for rows in (weights, peephole, layer_norm) for row in rows or () for w in row)
-    if is_transformed(x, tuple(parameters), h0, c0):
+    if is_transformed(x, parameters(weights, peephole, layer_norm), h0, c0):
         return reference.lstm_layer(
             x, weights, h0, c0, lengths, reset, reversed, cell, peephole, layer_norm, masks=masks
         )
@@ -105,6 +81,11 @@ def masked_layer(
         w_p, norm, masks,
     )  # fmt: skip
     return y, h_n, c_n, c
+
+
+def parameters(*kinds: Sequence[Sequence[Tensor]] | None) -> list[Tensor]:
+    """All tensors in rows of weights, of peepholes, of gains."""
+    return [w for rows in kinds for row in rows or () for w in row]
 
 
 def _norm(row: Sequence[Tensor]) -> Tensor:

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint as run_again
 
 from . import ops, reference
 from .layer import is_transformed, requires_grad
-from .masks import Masks, draw
+from .masks import Masks
 from .reference import Cell
-from .variant import masked_layer
+from .segment_ops import Cuts, Segment
+from .variant import parameters, variant_layer
 
 _T = TypeVar("_T")
 
@@ -34,7 +35,7 @@ def segmented_variant_layer(
     cell: Cell,
     peephole: Sequence[Sequence[Tensor]] | None,
     layer_norm: Sequence[Sequence[Tensor]] | None,
-    training: bool,
+    masks: Masks,
     cells: bool,
     checkpoint: int | None,
     truncate: int | None,
@@ -48,16 +49,13 @@ def segmented_variant_layer(
     Returns:
         As ``variant_layer``.
     """
-    masks = Masks()
-    if training:
-        weights, masks = draw(cell, weights, x.shape[1], ops.compute_dtype(x.dtype))
     given = (x, weights, h0, c0, lengths, reset, reversed, cell, peephole, layer_norm)
-    parameters = [w for rows in (weights, peephole, layer_norm) for row in rows or () for w in row]
-    if is_transformed(x, tuple(parameters), h0, c0):
+    tensors = parameters(weights, peephole, layer_norm)
+    if is_transformed(x, tensors, h0, c0):
         return reference.lstm_layer(*given, truncate=truncate, masks=masks)
     recorded = torch.is_grad_enabled() and not torch.compiler._is_exporting_flag  # as layer.py
-    if x.shape[0] == 0 or not (recorded and requires_grad(x, parameters, h0, c0)):
-        return masked_layer(*given, masks, cells)
+    if x.shape[0] == 0 or not (recorded and requires_grad(x, tensors, h0, c0)):
+        return variant_layer(*given, masks, cells)
 
     D = len(weights)
     parts: dict[int, tuple[Tensor, ...]] = {}
@@ -70,16 +68,12 @@ def segmented_variant_layer(
             return None if rows is None else [rows[d] for d in members]
 
         h, c = (t if t is None or len(members) == D else t[members] for t in (h0, c0))
-        scale = masks.h_scale
-        own = Masks(
-            None if scale is None else scale[members],
-            None if masks.seed is None else masks.seed[members],
-        )
+        h_scale, seed = (None if t is None else t[members] for t in (masks.h_scale, masks.seed))
         direction = _Direction(
-            x, of(weights) or [], lengths, reset, backwards, cell, of(peephole), of(layer_norm),
-            own, cells,
+            x, of(weights) or [], lengths, reset, backwards, checkpoint or truncate or x.shape[0],
+            cell, of(peephole), of(layer_norm), Masks(h_scale, seed), cells,
         )  # fmt: skip
-        y, h_n, c_n, all_c = direction.run(h, c, checkpoint, truncate)
+        y, h_n, c_n, all_c = direction.run(h, c, checkpoint is not None, truncate or 0)
         for k, d in enumerate(members):
             parts[d] = y[:, :, k], h_n[k], c_n[k], all_c[:, :, k] if cells else all_c
     ys, h_ns, c_ns, cs = zip(*(parts[d] for d in range(D)), strict=True)
@@ -91,10 +85,10 @@ def segmented_variant_layer(
     )
 
 
-class _Direction:
+class _Direction(Cuts):
     """The recurrences of a layer that run in one direction, segment by segment.
 
-    Arguments are those of ``masked_layer``.
+    Arguments are those of ``Cuts`` and of ``variant_layer``.
     """
 
     def __init__(
@@ -104,37 +98,35 @@ class _Direction:
         lengths: Tensor | None,
         reset: Tensor | None,
         backwards: bool,
+        steps: int,
         cell: Cell,
         peephole: Sequence[Sequence[Tensor]] | None,
         layer_norm: Sequence[Sequence[Tensor]] | None,
         masks: Masks,
         cells: bool,
     ) -> None:
-        self.x, self.weights, self.lengths, self.reset = x, weights, lengths, reset
-        self.backwards, self.masks, self.cells = backwards, masks, cells
+        super().__init__(x, lengths, reset, backwards, steps)
+        self.weights, self.masks, self.cells = weights, masks, cells
         self.cell, self.peephole, self.layer_norm = cell, peephole, layer_norm
 
     def run(
-        self, h0: Tensor | None, c0: Tensor | None, checkpoint: int | None, truncate: int | None
+        self, h0: Tensor | None, c0: Tensor | None, checkpoint: bool, truncate: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y [T, B, D, P], h_n, c_n and c of these recurrences."""
-        (T, B, _), (G, P), D = self.x.shape, self.weights[0][1].shape, len(self.weights)
+        B, (G, P), D = self.x.shape[1], self.weights[0][1].shape, len(self.weights)
         w_hh, compute = self.weights[0][1], ops.compute_dtype(self.x.dtype)
-        steps = checkpoint or truncate or T
         # Between calls c is as wide as within one.
         h = w_hh.new_zeros(D, B, P) if h0 is None else h0
         c = w_hh.new_zeros(D, B, G // 4, dtype=compute) if c0 is None else c0.to(compute)
-        starts = list(range(0, T, steps))
         ys, cs = [], []
-        for start in starts[::-1] if self.backwards else starts:
-            end = min(start + steps, T)
-            h, c = self._across(end if self.backwards else start, h, c, truncate)
-            if checkpoint is None:
-                y, h, c, all_c = self._segment(start, end, h, c)
-            else:
+        for s in self.segments():
+            h, c = self._across(s.entry, h, c, truncate)
+            if checkpoint:
                 y, h, c, all_c = run_again(
-                    self._segment, start, end, h, c, use_reentrant=False, preserve_rng_state=False
+                    self._segment, s, h, c, use_reentrant=False, preserve_rng_state=False
                 )
+            else:
+                y, h, c, all_c = self._segment(s, h, c)
             ys.append(y.unflatten(2, (D, P)))
             cs.append(all_c)
         order = -1 if self.backwards else 1
@@ -145,36 +137,19 @@ class _Direction:
             torch.cat(cs[::order]) if self.cells else cs[0],
         )
 
-    def _segment(
-        self, start: int, end: int, h: Tensor, c: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        lengths = None if self.lengths is None else (self.lengths - start).clamp(0, end - start)
-        return masked_layer(
-            self.x[start:end], self.weights, h, c, lengths,
-            None if self.reset is None else self.reset[start:end],
+    def _segment(self, s: Segment, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return variant_layer(
+            s.x, self.weights, h, c, s.lengths, s.reset,
             (1 << len(self.weights)) - 1 if self.backwards else 0,
             self.cell, self.peephole, self.layer_norm,
-            replace(self.masks, first_step=start), self.cells,
+            replace(self.masks, first_step=s.start), self.cells,
         )  # fmt: skip
 
-    def _across(
-        self, entry: int, h: Tensor, c: Tensor, truncate: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """The state as it crosses the boundary before step ``entry``.
-
-        A row that ends before it has no state to hold back there: h0 and h_n pass.
-        """
-        if not 0 < entry < self.x.shape[0]:
-            return h, c
-        if truncate is not None and entry % truncate == 0:
-            if self.lengths is None:
-                h, c = h.detach(), c.detach()
-            else:
-                crosses = (self.lengths > entry)[:, None]
-                h, c = (torch.where(crosses, t.detach(), t) for t in (h, c))
-        # Forwards, the segment sees it as the reset of its first step.
-        if self.backwards and self.reset is not None:
-            closed = self.reset[entry]
-            closed = closed if self.lengths is None else closed & (self.lengths > entry)
+    def _across(self, entry: int, h: Tensor, c: Tensor, truncate: int) -> tuple[Tensor, Tensor]:
+        """The state as it crosses the boundary before step ``entry``."""
+        closed, held = self.closed(entry), self.closed(entry, truncate)
+        if closed is not None:
             h, c = reference._zero(h, closed), reference._zero(c, closed)
+        if truncate > 0 and held is not None:
+            h, c = (torch.where(held[:, None], t.detach(), t) for t in (h, c))
         return h, c
