@@ -53,6 +53,13 @@ lstm_cuda::Dtype dtype_named(const std::string& name) {
                               "'");
 }
 
+lstm_cuda::CellKind cell_named(const std::string& name) {
+  if (name == "plain") return lstm_cuda::CellKind::plain;
+  if (name == "options") return lstm_cuda::CellKind::options;
+  if (name == "norm") return lstm_cuda::CellKind::norm;
+  throw std::invalid_argument("cell must be plain, options or norm; got '" + name + "'");
+}
+
 py::dict plan_cpu(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_t P,
                   const std::string& dtype, int threads, bool backward) {
   using namespace py::literals;
@@ -78,11 +85,13 @@ void remember_refusal(int device, const std::string& name) {
 
 py::dict plan_cuda(int64_t T, int64_t B, int64_t D, int64_t I, int64_t H, int64_t P,
                    const std::string& dtype, bool backward, bool allow_tf32, int architecture,
-                   int multiprocessors, int64_t shared_bytes, int device, bool variant) {
+                   int multiprocessors, int64_t shared_bytes, int device, const std::string& cell,
+                   bool large_h) {
   using namespace py::literals;
   const lstm_cuda::LayerShape shape{dtype_named(dtype), T, B, D, I, H, P, 0, P != H, 1};
   lstm_cuda::CudaRequest request = lstm_cuda::cuda_request(device, allow_tf32, backward);
-  request.variant = variant;
+  request.cell = cell_named(cell);
+  request.large_h = large_h;
   const lstm_cuda::CudaPlan plan =
       lstm_cuda::plan_cuda(shape, request, {architecture, multiprocessors, shared_bytes});
   py::dict result("kernel"_a = lstm_cuda::name_of(plan.family), "possible"_a = plan.possible,
@@ -156,7 +165,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("plan_cuda", &plan_cuda, py::arg("T"), py::arg("B"), py::arg("D"), py::arg("I"),
         py::arg("H"), py::arg("P"), py::arg("dtype"), py::arg("backward"), py::arg("allow_tf32"),
         py::arg("architecture"), py::arg("multiprocessors"), py::arg("shared_bytes"),
-        py::arg("device"), py::arg("variant"));
+        py::arg("device"), py::arg("cell"), py::arg("large_h"));
   m.def("packed_layout", &packed_layout, py::arg("T"), py::arg("B"), py::arg("D"), py::arg("H"),
         py::arg("P"), py::arg("dtype"), py::arg("allow_tf32"), py::arg("architecture"),
         py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("device"));

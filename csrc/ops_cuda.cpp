@@ -107,7 +107,8 @@ void run(Call& call, bool allow_tf32, const Context& context) {
   check(cuda_device(context.index, device));
   for (int refused_now = 0;;) {
     CudaRequest request = cuda_request(context.index, allow_tf32, Call::kBackward);
-    request.variant = call.p.variant;
+    request.cell = kind_of(call.p.variant);
+    request.large_h = call.p.variant && has_large_h(*call.p.variant);
     // Nobody has shown that cooperative launches can be captured.
     const bool recorded = capturing(context.stream);
     if (recorded) request.refused |= 1 << int(Family::rec_group);

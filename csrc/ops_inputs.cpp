@@ -159,7 +159,8 @@ VariantInputs::VariantInputs(const Inputs& in, int64_t forget, int64_t recurrent
 
 void VariantInputs::check_gates_x(const Inputs& in, const OptionalTensors& bias) const {
   STD_TORCH_CHECK(!in.w_ih.empty() || !bias, "bias is part of gates_x where there is no w_ih");
-  STD_TORCH_CHECK(!norm || in.w_ih.empty(), "norm needs gates_x, without w_ih");
+  STD_TORCH_CHECK(norm.has_value() == in.w_ih.empty(),
+                  "w_ih must be left out with norm, which needs gates_x, and only then");
 }
 
 namespace {

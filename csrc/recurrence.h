@@ -70,6 +70,20 @@ struct Variant {
   void* dmore;   // [D, 3 + 6, H], gradients of peephole and norm where those are; backward
 };
 
+// Of which kind a cell's kernels are: torch.nn.LSTM's; with options; with layer norm and options.
+enum class CellKind : uint8_t { plain, options, norm };
+
+LSTM_HOST_DEVICE CellKind kind_of(const Variant* variant) {
+  if (!variant) return CellKind::plain;
+  return variant->norm ? CellKind::norm : CellKind::options;
+}
+
+// Whether h may be larger than 1 where w_hh meets it.
+LSTM_HOST_DEVICE bool has_large_h(const Variant& variant) {
+  const Activation output = variant.cell.output;
+  return variant.h_scale || output == Activation::relu || output == Activation::identity;
+}
+
 // The reserve (gates, c) is in the compute type: double for float64, float for all others.
 struct LayerForward {
   LayerShape shape;

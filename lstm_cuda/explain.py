@@ -77,11 +77,22 @@ def explain(
                 plan = ops.plan_cpu(*sizes)
             else:
                 asked = device or ops.CudaDevice.of(data.device)
-                plan = ops.plan_cuda(*sizes, tf32_allowed(kind, dtype), asked, bool(options))
+                plan = ops.plan_cuda(*sizes, tf32_allowed(kind, dtype), asked, *_of_cell(module))
             line += f"\n  {'backward' if backward else 'forward'}: "
             line += _in_words(plan)
         lines.append(line)
     return "\n".join(lines)
+
+
+def _of_cell(module: FusedLSTM) -> tuple[str, bool]:
+    """The kind of cell as ops.plan_cuda wants it, and whether h may be large."""
+    options = module._extras()
+    if not options:
+        return "plain", False
+    cell = module.cell
+    dropped = module.training and cell.recurrent_dropout > 0
+    large = (cell.output_activation or cell.activation) in ("relu", "identity")
+    return "norm" if "layer_norm" in options else "options", dropped or large
 
 
 def _in_words(plan: dict[str, object]) -> str:

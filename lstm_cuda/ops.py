@@ -100,14 +100,16 @@ def plan_cuda(
     backward: bool,
     allow_tf32: bool,
     device: CudaDevice,
-    variant: bool = False,
+    cell: str = "plain",
+    large_h: bool = False,
 ) -> dict[str, object]:
     """Which kernel family a layer of these sizes gets on a CUDA device, its parameters, and why.
 
     Needs neither a GPU nor a build with CUDA.
 
     Args:
-        variant: its cell is another than ``torch.nn.LSTM``'s.
+        cell: ``plain``, ``torch.nn.LSTM``'s; ``options``, another; ``norm``, with layer norm.
+        large_h: h may be larger than 1 where w_hh meets it.
 
     Returns:
         ``kernel``, the family; ``possible``, whether it can run the layer; ``arithmetic`` of
@@ -126,7 +128,7 @@ def plan_cuda(
     name = str(dtype).removeprefix("torch.")
     result: dict[str, object] = _C.plan_cuda(
         T, B, D, features, H, P, name, backward, allow_tf32, device.architecture,
-        device.multiprocessors, device.shared_bytes, device.index, variant,
+        device.multiprocessors, device.shared_bytes, device.index, cell, large_h,
     )  # fmt: skip
     return result
 

@@ -409,7 +409,7 @@ def test_larger_tiles(
     """In TF32, too, which rounds to ten bits; what that makes of a norm is no measure."""
     monkeypatch.setattr(variant, "tf32_allowed", lambda *_: tf32)
     device = ops.CudaDevice(90, 1, 232448)
-    plan = ops.plan_cuda(3, B, 1, 5, 40, 5, torch.float32, False, tf32, device, True)
+    plan = ops.plan_cuda(3, B, 1, 5, 40, 5, torch.float32, False, tf32, device, "options")
     assert plan["tile"] == tile
     emulated_ops.set_device(90, 1, 232448)
     try:

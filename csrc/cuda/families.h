@@ -27,10 +27,11 @@ struct RecurrenceForward {
   void* h_n;    // [D, B, P] Element
   void* c_n;    // [D, B, H] Element (wide_c: compute)
   void* c;      // [T, B, D, H] compute, or null; zeros past a row's length
-  // Of other cells, which rec_step alone runs:
+  // Of other cells:
   const Variant* variant;  // null: torch.nn.LSTM's; normed and rstd are written if `save`
-  const void* gates_x;     // [T, B, D, 4H] compute: then nothing is read from gates; or null
-  const void* h_operand;   // h0 times h_scale, Element; null without one of them
+  const void* gates_x;    // [T, B, D, 4H] compute, with norm: nothing is read from gates; else null
+  const void* h_operand;  // h0 times h_scale, Element; null without one of them. For rec_step
+  const void* h0_product;  // [D, B, 4H] Element, w_hh h0, with norm and h0. For rec_cluster
 };
 
 struct RecurrenceBackward {
@@ -57,6 +58,10 @@ struct RecurrenceBackward {
                            // own, or null. With norm dgates is the gradient of w_hh h
   void* dgates_x;          // [T, B, D, 4H] compute, that of gates_x; or null
   void* m;  // [T, B, D, H] Element, the unprojected output, zeros past a row's length; or null
+  const void*
+      c_norms;    // [T, B, D, 2] compute, with norm: of c before zoneout, the mean and what it
+                  // is multiplied by. For rec_cta and rec_cluster
+  void* dh_kept;  // [D, B, H] compute, what zoneout of h leaves to h0; or null. For rec_cluster
 };
 
 // The weights of families rec_cluster and rec_group, as pack.h makes them.
@@ -79,6 +84,10 @@ Status rec_step_backward(const RecurrenceBackward& p, const CudaPlan& plan, void
 Status rec_cta_forward(const RecurrenceForward& p, const CudaPlan& plan, Stream stream);
 Status rec_cta_backward(const RecurrenceBackward& p, const CudaPlan& plan, Stream stream);
 
+// The same of other cells.
+Status variant_cta_forward(const RecurrenceForward& p, const CudaPlan& plan, Stream stream);
+Status variant_cta_backward(const RecurrenceBackward& p, const CudaPlan& plan, Stream stream);
+
 // No projection. Products of the initial state are not theirs: forward finds h0 w_hh^T in the
 // gates_x of each row's first step, unless that is fresh (h0 itself is needed for h_n); backward
 // leaves dh0 alone. See operands.h.
@@ -87,7 +96,13 @@ Status rec_cluster_forward(const RecurrenceForward& p, const CudaPlan& plan,
 Status rec_cluster_backward(const RecurrenceBackward& p, const CudaPlan& plan,
                             const PackedWeights& weights, Stream stream);
 
-// The same. `words` is memory of rec_group_words bytes, zeroed on the stream before.
+// The same of other cells. With norm, forward finds w_hh h0 in h0_product.
+Status variant_cluster_forward(const RecurrenceForward& p, const CudaPlan& plan,
+                               const PackedWeights& weights, Stream stream);
+Status variant_cluster_backward(const RecurrenceBackward& p, const CudaPlan& plan,
+                                const PackedWeights& weights, Stream stream);
+
+// As rec_cluster. `words` is memory of rec_group_words bytes, zeroed on the stream before.
 int64_t rec_group_words(const LayerShape& shape, const CudaPlan& plan, bool backward);
 Status rec_group_forward(const RecurrenceForward& p, const CudaPlan& plan,
                          const PackedWeights& weights, void* words, Stream stream);

@@ -72,11 +72,14 @@ int64_t widest_cta(Arithmetic arithmetic) {
 int padded_hidden(int64_t H) { return H <= 32 ? 32 : H <= 64 ? 64 : 128; }
 
 // The compiled shape that holds H; null if there is none.
-const ResidentShape* resident_shape(Family family, Arithmetic arithmetic, int64_t H) {
+const ResidentShape* resident_shape(Family family, CellKind cell, Arithmetic arithmetic,
+                                    int64_t H) {
   using Shapes = std::span<const ResidentShape>;
   const bool exact = parts_of(arithmetic) == 2;
+  const Shapes of_cluster =
+      cell == CellKind::plain ? Shapes(kClusterShapes) : Shapes(kClusterShapesVariant);
   const Shapes shapes = family == Family::rec_cluster
-                            ? (exact ? Shapes(kClusterShapesExact) : Shapes(kClusterShapes))
+                            ? (exact ? Shapes(kClusterShapesExact) : of_cluster)
                             : (exact ? Shapes(kGroupShapesExact) : Shapes(kGroupShapes));
   const auto found = std::find_if(shapes.begin(), shapes.end(),
                                   [H](const ResidentShape& each) { return H <= each.hidden; });
@@ -109,10 +112,15 @@ int columns_of(StepTile tile) {
 
 // Why rec_cluster or rec_group cannot run it; null if it can.
 const char* why_not_resident(Family family, const LayerShape& s, Arithmetic arithmetic,
-                             const CudaDevice& device) {
+                             const CudaRequest& request, const CudaDevice& device) {
   if (arithmetic == Arithmetic::float64) return "only rec_cta and rec_step multiply in float64";
-  const ResidentShape* const shape = resident_shape(family, arithmetic, s.H);
+  const ResidentShape* const shape = resident_shape(family, request.cell, arithmetic, s.H);
   if (!shape) return words(family).wide;
+  if (request.cell != CellKind::plain) {
+    if (family == Family::rec_group) return "rec_group has no other cells than torch.nn.LSTM's";
+    if (request.large_h && (arithmetic == Arithmetic::float32 || arithmetic == Arithmetic::tf32))
+      return "rec_cluster multiplies float32 as float16, which has no room for a large h";
+  }
   if (family == Family::rec_cluster && !has_clusters(device))
     return "rec_cluster needs compute capability 9.0, 10.0 or 10.3";
   if (family == Family::rec_group && device.multiprocessors < shape->blocks)
@@ -124,15 +132,16 @@ const char* why_not_resident(Family family, const LayerShape& s, Arithmetic arit
 }
 
 // Why the family cannot run it; null if it can.
-const char* why_not(Family family, const LayerShape& s, Arithmetic arithmetic, bool variant,
-                    const CudaDevice& device) {
+const char* why_not(Family family, const LayerShape& s, Arithmetic arithmetic,
+                    const CudaRequest& request, const CudaDevice& device) {
   if (device.architecture < 80) return "the device is older than compute capability 8.0";
   if (family == Family::rec_step)
     return device.shared_bytes < step_shared_bytes(StepTile::small) ? words(family).shared
                                                                     : nullptr;
-  if (variant) return "only rec_step has other cells than torch.nn.LSTM's";
+  if (request.cell != CellKind::plain && s.projected)
+    return "only rec_step has projections of other cells than torch.nn.LSTM's";
   if (s.T > kMostOfCta) return words(family).counts;
-  if (family != Family::rec_cta) return why_not_resident(family, s, arithmetic, device);
+  if (family != Family::rec_cta) return why_not_resident(family, s, arithmetic, request, device);
   if (s.H > widest_cta(arithmetic)) return words(family).wide;
   if (device.shared_bytes < kCtaSharedBytes) return words(family).shared;
   if (ceil_div(s.B, 8) > kMostOfCta / s.D) return words(family).counts;
@@ -144,10 +153,10 @@ const char* why_not(Family family, const LayerShape& s, Arithmetic arithmetic, b
 // compiled: then no tiles.
 void choose_tiles(CudaPlan& plan, const LayerShape& s, const CudaRequest& request,
                   const CudaDevice& device) {
-  plan.resident = *resident_shape(plan.family, plan.arithmetic, s.H);
+  plan.resident = *resident_shape(plan.family, request.cell, plan.arithmetic, s.H);
   const int most = most_tiles(plan.arithmetic, plan.resident);
   const auto wanted = [&](int tiles, int turns) {
-    return has_turns(plan.family, plan.resident, tiles, turns) &&
+    return has_turns(plan.family, request.cell, plan.resident, tiles, turns) &&
            (!request.columns || request.columns == 8 * tiles) &&
            (!request.turns || request.turns == turns) &&
            device.shared_bytes >=
@@ -185,7 +194,7 @@ CudaPlan plan_family(Family family, const LayerShape& s, Arithmetic arithmetic,
   CudaPlan plan{};
   plan.family = family;
   plan.arithmetic = arithmetic;
-  plan.reason = why_not(family, s, arithmetic, request.variant, device);
+  plan.reason = why_not(family, s, arithmetic, request, device);
   plan.possible = !plan.reason;
   if (!plan.possible) return plan;
   plan.reason = words(family).chosen;
@@ -305,7 +314,7 @@ bool plan_of_layout(int64_t layout, CudaPlan& plan) {
       plan.family = family;
       plan.arithmetic = arithmetic;
       for (int64_t hidden = 1;;) {
-        const ResidentShape* const shape = resident_shape(family, arithmetic, hidden);
+        const ResidentShape* const shape = resident_shape(family, CellKind::plain, arithmetic, hidden);
         if (!shape) break;
         plan.resident = *shape;
         if (packed_layout(plan) == layout) return true;

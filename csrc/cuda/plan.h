@@ -58,7 +58,8 @@ struct CudaRequest {
   int refused;  // bit k: Family k could not be launched on this device before
   // Of a forced rec_cluster or rec_group: batch rows, and turns; 0: free.
   int columns = 0, turns = 0;
-  bool variant = false;  // another cell than torch.nn.LSTM's
+  CellKind cell = CellKind::plain;
+  bool large_h = false;  // as has_large_h says of the cell
 };
 
 // Shared memory of a block of rec_step.
@@ -90,8 +91,12 @@ constexpr int most_tiles(Arithmetic arithmetic, const ResidentShape& shape) {
 }
 
 // A cluster may step half of its tiles while h (backward: sums) of the others travels. It has to where
-// registers are too few for 32 batch rows at once.
-constexpr bool has_turns(Family family, const ResidentShape& shape, int column_tiles, int turns) {
+// registers are too few for 32 batch rows at once. Other cells than torch.nn.LSTM's leave fewer: they have
+// one turn, of at most two tiles, or of one where whole rows are normalised.
+constexpr bool has_turns(Family family, CellKind cell, const ResidentShape& shape, int column_tiles,
+                         int turns) {
+  if (cell != CellKind::plain)
+    return turns == 1 && column_tiles <= (cell == CellKind::norm ? 1 : 2);
   const bool may = family == Family::rec_cluster && column_tiles > 1;
   const bool must = may && shape.hidden >= 512 && column_tiles == 4;
   return turns == 1 ? !must : turns == 2 && may;

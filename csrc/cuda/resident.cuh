@@ -124,16 +124,16 @@ class Weights {
 
 // What start<arithmetic, shape, tiles of a turn, turns>(parts) gives for the compiled kernel that the plan
 // asks for, or nothing.
-template <Family family, Arithmetic arithmetic, const auto& shapes, class Start>
+template <Family family, CellKind cell, Arithmetic arithmetic, const auto& shapes, class Start>
 std::optional<Status> start_by_shape(const CudaPlan& plan, unsigned parts, Start start) {
   std::optional<Status> started;
   const auto with_turns = [&]<ResidentShape shape, int tiles>() {
     if constexpr (tiles <= most_tiles(arithmetic, shape)) {
       if (plan.column_tiles != tiles) return;
-      if constexpr (has_turns(family, shape, tiles, 1))
+      if constexpr (has_turns(family, cell, shape, tiles, 1))
         if (plan.turns == 1)
           started = start.template operator()<arithmetic, shape, tiles, 1>(parts);
-      if constexpr (has_turns(family, shape, tiles, 2))
+      if constexpr (has_turns(family, cell, shape, tiles, 2))
         if (plan.turns == 2)
           started = start.template operator()<arithmetic, shape, tiles / 2, 2>(parts);
     }
@@ -151,7 +151,8 @@ std::optional<Status> start_by_shape(const CudaPlan& plan, unsigned parts, Start
   return started;
 }
 
-template <Family family, const auto& shapes, const auto& exact_shapes, class Start>
+template <Family family, const auto& shapes, const auto& exact_shapes,
+          CellKind cell = CellKind::plain, class Start>
 Status launch_planned(const char* kernel, const LayerShape& shape, const CudaPlan& plan,
                       Start start) {
   const auto by_arithmetic = [&](unsigned parts) -> std::optional<Status> {
@@ -159,13 +160,13 @@ Status launch_planned(const char* kernel, const LayerShape& shape, const CudaPla
       case Arithmetic::float64:
         return {};
       case Arithmetic::float32:
-        return start_by_shape<family, Arithmetic::float32, exact_shapes>(plan, parts, start);
+        return start_by_shape<family, cell, Arithmetic::float32, exact_shapes>(plan, parts, start);
       case Arithmetic::tf32:
-        return start_by_shape<family, Arithmetic::tf32, shapes>(plan, parts, start);
+        return start_by_shape<family, cell, Arithmetic::tf32, shapes>(plan, parts, start);
       case Arithmetic::float16:
-        return start_by_shape<family, Arithmetic::float16, shapes>(plan, parts, start);
+        return start_by_shape<family, cell, Arithmetic::float16, shapes>(plan, parts, start);
       default:
-        return start_by_shape<family, Arithmetic::bfloat16, shapes>(plan, parts, start);
+        return start_by_shape<family, cell, Arithmetic::bfloat16, shapes>(plan, parts, start);
     }
   };
   return lstm_cuda::launch_planned(kernel, shape, plan.arithmetic, plan.resident.hidden,

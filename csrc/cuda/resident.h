@@ -96,6 +96,9 @@ LSTM_HOST_DEVICE constexpr int64_t first_piece(Fragments f, int64_t d, int block
 inline constexpr ResidentShape kClusterShapes[] = {
     {128, 4, 8, 2, 0, 0}, {256, 8, 8, 2, 0, 0}, {384, 8, 12, 2, 4, 0}, {512, 16, 8, 2, 0, 0}};
 inline constexpr ResidentShape kClusterShapesExact[] = {{128, 8, 8, 4, 0, 0}, {256, 8, 8, 2, 0, 0}};
+// Of other cells: those whose registers have room for more.
+inline constexpr ResidentShape kClusterShapesVariant[] = {kClusterShapes[0], kClusterShapes[1],
+                                                          kClusterShapes[3]};
 inline constexpr ResidentShape kGroupShapes[] = {
     {512, 32, 8, 8, 0, 0}, {768, 48, 8, 8, 0, 0}, {1024, 64, 8, 8, 0, 0}, {2048, 128, 8, 8, 8, 8}};
 inline constexpr ResidentShape kGroupShapesExact[] = {{512, 32, 8, 8, 0, 0},

@@ -10,13 +10,6 @@
 
 namespace lstm_cuda {
 
-template <class Compute>
-LSTM_DEVICE Peephole<Compute> peephole_of(const Variant& v, int64_t H, const Place& at) {
-  if (!v.peephole) return {0, 0, 0};
-  const Compute* const w = static_cast<const Compute*>(v.peephole) + at.d * 3 * H + at.unit;
-  return {w[0], w[H], w[2 * H]};
-}
-
 // Where a cell adds its part to the gradients of peepholes and norm, which follow each other by H.
 template <class Compute>
 LSTM_DEVICE Compute* sums_of(const StepBackward& p, const Place& at) {
@@ -49,11 +42,7 @@ LSTM_DEVICE void finish_forward(const StepForward& p, const Schedule& schedule, 
                                 bool fresh, const Cell<Compute>& cell, Compute c_prev, Compute m) {
   using Element = typename Types<arithmetic>::Element;
   const Variant& v = p.variant;
-  Compute c = cell.c;
-  if (v.cell.zoneout_c > 0) {
-    const Compute keep = kept_part<Compute>(v, Choice::c, at);
-    c = keep * c_prev + (1 - keep) * c;
-  }
+  const Compute c = zoned_out(v, Choice::c, at, c_prev, cell.c);
   Element h = to_element<Element>(m), read = operand<arithmetic>(h);
   if (!p.shape.projected) h = output_of<arithmetic>(v, p.h_state, at, at.state, fresh, m, read);
   keep_cell<arithmetic>(p, schedule, at, cell, c, h, read);
@@ -201,28 +190,17 @@ class RowTotals {
   Compute* of_warps_;
 };
 
-// A row of `count` values, for the thread's share of which `each` calls visit(value).
-template <class Compute>
-struct Normed {
-  Compute mean, rstd;
-
-  template <class Each>
-  LSTM_DEVICE static Normed of(RowTotals<Compute>& totals, int64_t count, Each each) {
-    Compute sum = 0, squares = 0, nothing = 0;
-    each([&](Compute v) { sum += v; });
-    totals.add_up(sum, nothing);
-    const Compute mean = sum / Compute(count);
-    each([&](Compute v) { squares += (v - mean) * (v - mean); });
-    totals.add_up(squares, nothing);
-    return {mean, 1 / square_root(squares / Compute(count) + Compute(kNormEpsilon))};
-  }
-
-  LSTM_DEVICE Compute operator()(Compute v) const { return (v - mean) * rstd; }
-
- private:
-  static LSTM_DEVICE float square_root(float v) { return ::sqrtf(v); }
-  static LSTM_DEVICE double square_root(double v) { return ::sqrt(v); }
-};
+// For a row of `count` values, for the thread's share of which `each` calls visit(value).
+template <class Compute, class Each>
+LSTM_DEVICE Normed<Compute> normed_of(RowTotals<Compute>& totals, int64_t count, Each each) {
+  Compute sum = 0, squares = 0, nothing = 0;
+  each([&](Compute v) { sum += v; });
+  totals.add_up(sum, nothing);
+  const Compute mean = sum / Compute(count);
+  each([&](Compute v) { squares += (v - mean) * (v - mean); });
+  totals.add_up(squares, nothing);
+  return {mean, squares / Compute(count)};
+}
 
 template <class Visit>
 LSTM_DEVICE void each_unit(int64_t H, Visit visit) {
@@ -291,7 +269,7 @@ variant_forward_row(LSTM_PARAMETER StepForward p) {
   }
   // Nothing comes of h where a row begins afresh.
   const auto product = [&](int64_t k) { return fresh ? Compute(0) : row[k]; };
-  const auto of_h = Normed<Compute>::of(totals, 4 * H, [&](auto visit) {
+  const auto of_h = normed_of(totals, 4 * H, [&](auto visit) {
     each_unit(H, [&](int64_t unit) {
       for (int gate = 0; gate < 4; ++gate) visit(product(gate * H + unit));
     });
@@ -316,7 +294,7 @@ variant_forward_row(LSTM_PARAMETER StepForward p) {
     for (int gate = 0; gate < 4; ++gate) row[gate * H + unit] = *gates[gate];
     c[unit] = cell.c;
   });
-  const auto of_c = Normed<Compute>::of(
+  const auto of_c = normed_of(
       totals, H, [&](auto visit) { each_unit(H, [&](int64_t unit) { visit(c[unit]); }); });
   each_unit(H, [&](int64_t unit) {
     const Place at = of.place(unit);
@@ -353,7 +331,7 @@ variant_backward_row(LSTM_PARAMETER StepBackward p) {
     const Compute c_prev = load_cell<arithmetic>(p, schedule, of.place(unit), fresh, cell);
     c[unit] = options.zoneout_c > 0 ? variant_state(options, cell, c_prev) : cell.c;
   });
-  const auto of_c = Normed<Compute>::of(
+  const auto of_c = normed_of(
       totals, H, [&](auto visit) { each_unit(H, [&](int64_t unit) { visit(c[unit]); }); });
   Compute sum = 0, weighted = 0;
   each_unit(H, [&](int64_t unit) {

@@ -1,5 +1,5 @@
-// What other cells than torch.nn.LSTM's do to h on its way from step to step, one element at a time:
-// zoneout, and the scale of recurrent dropout.
+// What other cells than torch.nn.LSTM's have besides cell.h, one element at a time: peepholes, zoneout,
+// the scale of recurrent dropout, and values normalised.
 #pragma once
 
 #include "../random.h"
@@ -9,6 +9,28 @@ namespace lstm_cuda {
 
 struct UnitOfStep {
   int64_t t, d, b, unit;
+};
+
+template <class Compute>
+LSTM_DEVICE Peephole<Compute> peephole_of(const Variant& v, int64_t H, const UnitOfStep& at) {
+  if (!v.peephole) return {0, 0, 0};
+  const Compute* const w = static_cast<const Compute*>(v.peephole) + at.d * 3 * H + at.unit;
+  return {w[0], w[H], w[2 * H]};
+}
+
+// What makes values of a row normal: to mean 0 and variance 1.
+template <class Compute>
+struct Normed {
+  Compute mean, rstd;
+
+  LSTM_DEVICE Normed(Compute mean_of_row, Compute variance)
+      : mean(mean_of_row), rstd(1 / square_root(variance + Compute(kNormEpsilon))) {}
+
+  LSTM_DEVICE Compute operator()(Compute v) const { return (v - mean) * rstd; }
+
+ private:
+  static LSTM_DEVICE float square_root(float v) { return ::sqrtf(v); }
+  static LSTM_DEVICE double square_root(double v) { return ::sqrt(v); }
 };
 
 // How much of the state zoneout keeps.
@@ -21,23 +43,34 @@ LSTM_DEVICE Compute kept_part(const Variant& v, Choice choice, const UnitOfStep&
              : Compute(0);
 }
 
+// What zoneout makes of the state before a step and after it.
+template <class Compute>
+LSTM_DEVICE Compute zoned_out(const Variant& v, Choice choice, const UnitOfStep& at, Compute before,
+                              Compute after) {
+  if ((choice == Choice::h ? v.cell.zoneout_h : v.cell.zoneout_c) <= 0) return after;
+  const Compute keep = kept_part<Compute>(v, choice, at);
+  return keep * before + (1 - keep) * after;
+}
+
+// h as the next product reads it.
+template <Arithmetic arithmetic, class Element>
+LSTM_DEVICE Element as_read(const Variant& v, int64_t state_at, Element h) {
+  using Compute = typename Types<arithmetic>::Compute;
+  if (v.h_scale)
+    h = to_element<Element>(to_compute(h) * static_cast<const Compute*>(v.h_scale)[state_at]);
+  return operand<arithmetic>(h);
+}
+
 // h as a result, from h before zoneout; `read` is what the next product reads. h_state [D, B, P] has
 // h of the step before, where zoneout wants it, and gets this one; else it is null.
 template <Arithmetic arithmetic, class Compute, class Element>
 LSTM_DEVICE Element output_of(const Variant& v, void* h_state, const UnitOfStep& at,
                               int64_t state_at, bool fresh, Compute h, Element& read) {
   Compute* const state = static_cast<Compute*>(h_state);
-  if (state) {
-    const Compute keep = kept_part<Compute>(v, Choice::h, at);
-    h = keep * (fresh ? Compute(0) : state[state_at]) + (1 - keep) * h;
-  }
+  if (state) h = zoned_out(v, Choice::h, at, fresh ? Compute(0) : state[state_at], h);
   const Element rounded = to_element<Element>(h);
   if (state) state[state_at] = to_compute(rounded);
-  read = rounded;
-  if (v.h_scale)
-    read =
-        to_element<Element>(to_compute(rounded) * static_cast<const Compute*>(v.h_scale)[state_at]);
-  read = operand<arithmetic>(read);
+  read = as_read<arithmetic>(v, state_at, rounded);
   return rounded;
 }
 

@@ -42,7 +42,9 @@ std::optional<CudaPlan> plan_of(const ResidentShape (&shapes)[count], Family fam
     plan.family = family, plan.possible = true, plan.arithmetic = arithmetic;
     plan.resident = resident, plan.groups = c.groups;
     plan.column_tiles = std::min(c.tiles, most_tiles(arithmetic, resident));
-    plan.turns = has_turns(family, resident, plan.column_tiles, c.turns) ? c.turns : 3 - c.turns;
+    plan.turns = has_turns(family, CellKind::plain, resident, plan.column_tiles, c.turns)
+                     ? c.turns
+                     : 3 - c.turns;
     return plan;
   }
   return {};

@@ -124,8 +124,8 @@ class VariantRunner {
  private:
   template <class Params, class Kernels>
   Status start(const Params& p, Kernels kernels, bool backward) const {
-    CudaRequest request{arithmetic == Arithmetic::tf32, backward, -1, 0};
-    request.variant = true;
+    CudaRequest request{arithmetic == Arithmetic::tf32, backward, int(Family::rec_step), 0};
+    request.cell = kind_of(p.variant);
     const CudaPlan plan = plan_cuda(shape_, request, {90, 132, 232448});
     const DeviceBuffer<char> scratch(size_t(rec_step_scratch(shape_, plan, p.variant, backward)));
     return kernels(p, plan, scratch.data(), {});
