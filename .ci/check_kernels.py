@@ -135,7 +135,7 @@ def read_usages(report: str, architecture: str) -> list[Usage]:
 
 def architectures_of(source: Path, wanted: Sequence[str]) -> list[str]:
     """Those of the wanted architectures that a file is compiled for."""
-    if not source.name.startswith("rec_cluster_"):
+    if not source.name.startswith(("rec_cluster_", "variant_cluster_")):
         return list(wanted)
     return [each for each in wanted if each in (*CLUSTER_ARCHITECTURES, WITHOUT_CLUSTERS)]
 

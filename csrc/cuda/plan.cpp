@@ -56,19 +56,6 @@ constexpr const char* kManyRows =
 constexpr const char* kNarrow =
     "so narrow a projection that its products cost less than those with it folded into the weights";
 
-// The widest H of rec_cta, so that its weights stay in the registers of one block.
-int64_t widest_cta(Arithmetic arithmetic) {
-  switch (arithmetic) {
-    case Arithmetic::float64:
-      return 32;
-    case Arithmetic::float32:
-    case Arithmetic::tf32:
-      return 64;
-    default:
-      return 128;
-  }
-}
-
 int padded_hidden(int64_t H) { return H <= 32 ? 32 : H <= 64 ? 64 : 128; }
 
 // The compiled shape that holds H; null if there is none.
@@ -142,7 +129,7 @@ const char* why_not(Family family, const LayerShape& s, Arithmetic arithmetic,
     return "only rec_step has projections of other cells than torch.nn.LSTM's";
   if (s.T > kMostOfCta) return words(family).counts;
   if (family != Family::rec_cta) return why_not_resident(family, s, arithmetic, request, device);
-  if (s.H > widest_cta(arithmetic)) return words(family).wide;
+  if (s.H > widest_cta(arithmetic, request.cell)) return words(family).wide;
   if (device.shared_bytes < kCtaSharedBytes) return words(family).shared;
   if (ceil_div(s.B, 8) > kMostOfCta / s.D) return words(family).counts;
   return nullptr;

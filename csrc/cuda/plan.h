@@ -67,6 +67,20 @@ constexpr int64_t step_shared_bytes(StepTile tile) {
   return tile == StepTile::small ? 27648 : tile == StepTile::medium ? 55296 : 82944;
 }
 
+// The widest H of rec_cta, so that its weights stay in the registers of one block. With norm, cells take too
+// many of them beside the largest.
+constexpr int widest_cta(Arithmetic arithmetic, CellKind cell) {
+  switch (arithmetic) {
+    case Arithmetic::float64:
+      return 32;
+    case Arithmetic::float32:
+    case Arithmetic::tf32:
+      return 64;
+    default:
+      return cell == CellKind::norm ? 64 : 128;
+  }
+}
+
 // Shared memory that any block of rec_cta gets by with: what each device of compute capability 8.0 and
 // above has.
 constexpr int64_t kCtaSharedBytes = 99 * 1024;

@@ -8,16 +8,16 @@ namespace lstm_cuda::rec_cta {
 
 // start<arithmetic, padded hidden size>(parts), if the plan's is compiled: where the weights fit the
 // registers of one block.
-template <class Start>
+template <CellKind cell, class Start>
 Status launch_planned(const char* kernel, const LayerShape& shape, const CudaPlan& plan,
                       Start start) {
   const auto by_size = [&](unsigned parts) {
     return by_arithmetic(plan.arithmetic, [&]<Arithmetic a>() -> std::optional<Status> {
-      constexpr std::size_t bytes = sizeof(typename Types<a>::Element);
+      constexpr int widest = widest_cta(a, cell);
       if (plan.padded_hidden == 32) return start.template operator()<a, 32>(parts);
-      if constexpr (bytes <= 4)
+      if constexpr (widest >= 64)
         if (plan.padded_hidden == 64) return start.template operator()<a, 64>(parts);
-      if constexpr (bytes == 2)
+      if constexpr (widest >= 128)
         if (plan.padded_hidden == 128) return start.template operator()<a, 128>(parts);
       return {};
     });

@@ -259,7 +259,7 @@ Status rec_cta_backward(const RecurrenceBackward& p, const CudaPlan& plan, Strea
         .kernel = kName, .blocks = parts, .threads = K::kThreads, .shared_bytes = K::kSharedBytes};
     return launch<rec_cta::backward_kernel<K>>(shape, params, stream);
   };
-  return rec_cta::launch_planned(kName, p.shape, plan, start);
+  return rec_cta::launch_planned<CellKind::plain>(kName, p.shape, plan, start);
 }
 
 }  // namespace lstm_cuda

@@ -69,4 +69,18 @@ class Team {
   Product<F::arithmetic, 2, kPadded, kPadded == 128 ? 1 : 2> product_;
 };
 
+template <CellKind cell>
+Status forward(const char* kernel, const RecurrenceForward& p, const CudaPlan& plan,
+               Stream stream) {
+  const auto start = [&]<Arithmetic arithmetic, int padded>(unsigned parts) {
+    constexpr ResidentShape shape{padded, 1, padded / 8, 1, 0, 0};
+    using F = resident::ForwardConfig<arithmetic, shape, 1, 1, cell>;
+    using Team = rec_cta::Team<F>;
+    typename Team::Source source{};
+    for (int64_t d = 0; d < p.shape.D; ++d) source.w_hh[d] = p.w_hh[d];
+    return resident::start_forward<F, Team>(kernel, p, source, 0, parts, stream);
+  };
+  return launch_planned<cell>(kernel, p.shape, plan, start);
+}
+
 }  // namespace lstm_cuda::rec_cta

@@ -18,77 +18,18 @@
 // Nothing is sent in the last step, so that nothing is on its way to a block that has left.
 #pragma once
 
-#include <algorithm>
-#include <cstring>
-
-#include "element.cuh"
-#include "families.h"
-#include "part.cuh"
-#include "resident.h"
+#include "forward_cells.cuh"
+#include "forward_memory.cuh"
 
 namespace lstm_cuda::resident {
 
-template <Arithmetic arithmetic_, ResidentShape shape_, int tiles_, int turns_>
-struct ForwardConfig {
-  static constexpr Arithmetic arithmetic = arithmetic_;
-  static constexpr ResidentShape shape = shape_;
-  static constexpr ForwardFragments fragments{shape};
-  using Element = typename Types<arithmetic>::Element;
-  using Compute = typename Types<arithmetic>::Compute;
-  static constexpr int kParts = parts_of(arithmetic);
-  // Column tiles of one turn, and turns of one step: a part has kTiles * kTurns.
-  static constexpr int kTiles = tiles_, kTurns = turns_, kColumns = 8 * kTiles * kTurns;
-  static constexpr int kUnits = shape.units(), kThreads = shape.threads();
-  static constexpr int kSplit = shape.split, kGroups = fragments.row_groups();
-  static constexpr int kOctets = fragments.octets(), kSteps = fragments.steps();
-  // Pair j of a row group and turn, octet j / kTiles and column tile j % kTiles, is owned by warp
-  // j % kOwners of it. Pair i of a warp is pair i % kOwned of turn i / kOwned.
-  static constexpr int kPairs = kOctets * kTiles;
-  static constexpr int kOwners = std::min(kPairs, kSplit), kOwned = kPairs / kOwners;
-  static constexpr int kAll = kTurns * kOwned;
-  // An mma answers late: a warp keeps at least four sums going.
-  static constexpr int kChains = 2 * kOctets * kTiles * kParts < 4 ? 2 : 1;
-  // Of a ring: a slot has of each gate and column 8 units, for ldmatrix, or with a pitch that keeps
-  // columns' banks apart. gates_x is fetched kSlots - 1 steps ahead; two slots where four would take
-  // too much.
-  static constexpr int kPitch = sizeof(Element) == 2 ? 8 : sizeof(Element) == 4 ? 12 : 10;
-  static constexpr int kSlotValues = 4 * 8 * kPitch;
-  static constexpr int kSlots =
-      4 * kGroups * kOwners * kAll * kSlotValues * int(sizeof(Element)) <= 100 * 1024 ? 4 : 2;
-  static_assert(kUnits % (8 * kGroups) == 0 && kPairs % kOwners == 0 && kSteps % 2 == 0);
-};
-
-// Who a warp is.
-template <class F>
-struct WarpRole {
-  unsigned team;  // in the launch
-  int block;      // in the team
-  int group, split;
-  int own;  // among the owners of the row group; of a warp that owns nothing, 0
-
-  LSTM_DEVICE WarpRole()
-      : team(ptx::block_index() / F::shape.blocks),
-        block(int(ptx::block_index() % F::shape.blocks)),
-        group(warp() % F::kGroups),
-        split(warp() / F::kGroups),
-        own(owner() ? split : 0) {}
-
-  LSTM_DEVICE bool owner() const { return split < F::kOwners; }
-  // Of its pair i: the column tile, and the unit of lane 0.
-  LSTM_DEVICE int tile(int i) const {
-    return i / F::kOwned * F::kTiles + (i % F::kOwned * F::kOwners + own) % F::kTiles;
-  }
-  LSTM_DEVICE int unit(int i) const {
-    const int octet = group * F::kOctets + (i % F::kOwned * F::kOwners + own) / F::kTiles;
-    return block * F::kUnits + octet * 8;
-  }
-};
-
 // Source: where a team finds its weights and what it exchanges through.
-template <class Source>
+template <class Source, CellKind cell>
 struct ForwardParams {
-  RecurrenceForward problem;  // its lists of weights are in host memory
+  using Other = std::conditional_t<cell == CellKind::plain, Nothing, Variant>;
+  RecurrenceForward problem;  // its lists of weights, and its variant, are in host memory
   Source source;
+  [[no_unique_address]] Other other;
   unsigned first;     // the launch's first part
   int row_step;       // elements of [T, B, D, H] from row to row
   int64_t time_step;  // and from time to time
@@ -96,147 +37,22 @@ struct ForwardParams {
   ForwardParams(const RecurrenceForward& p, const Source& from, unsigned first_part)
       : problem(p),
         source(from),
+        other{},
         first(first_part),
         row_step(int(p.shape.D * p.shape.H)),
-        time_step(p.shape.B * p.shape.D * p.shape.H) {}
-};
-
-// A warp's ring of gates_x for its pairs.
-template <class F>
-class GateRing {
-  using Element = typename F::Element;
-  using Compute = typename F::Compute;
-  static constexpr bool kHalf = sizeof(Element) == 2;
-  static constexpr int kOfWarp = F::kSlots * F::kAll * F::kSlotValues;
-
- public:
-  static constexpr int kValues = kOfWarp * F::kGroups * F::kOwners;
-
-  LSTM_DEVICE GateRing(ptx::Shared& shared, const void* gates, int H, const WarpRole<F>& role)
-      : values_(shared.take<Element>(kValues, 16) + (role.group * F::kOwners + role.own) * kOfWarp),
-        H_(H),
-        aligned_((reinterpret_cast<uintptr_t>(gates) | unsigned(H) * sizeof(Element)) % 16 == 0) {}
-
-  static LSTM_DEVICE int column() { return lane() % 8; }  // of a tile, which this lane fetches
-
-  // Begins to copy a gate's 8 units from `unit` on, of this lane's column. To be waited for like
-  // cp.async; rows that are not aligned are copied at once.
-  LSTM_DEVICE void fetch(int step, int pair, const Element* row, int unit) const {
-    constexpr int kPerCopy = 16 / sizeof(Element);
-    Element* const to = slot(step, pair) + lane() * F::kPitch;
-    const Element* const from = row + lane() / 8 * H_ + unit;
-    if (aligned_) {
-      LSTM_UNROLL
-      for (int e = 0; e < 8; e += kPerCopy)
-        if (unit + e < H_) ptx::cp_async16(to + e, from + e);
-    } else {
-      for (int e = 0; e < 8; ++e)
-        if (unit + e < H_) to[e] = from[e];
-    }
-  }
-
-  // Gate k of unit g and columns 2q and 2q + 1.
-  LSTM_DEVICE void read(int step, int pair, Compute (&gates)[4][2]) const {
-    if constexpr (kHalf) {
-      uint32_t r[4];
-      ptx::ldmatrix_x4_trans(r, slot(step, pair) + lane() * F::kPitch);
-      LSTM_UNROLL
-      for (int k = 0; k < 4; ++k) {
-        Element both[2];
-        halves(r[k], both);
-        gates[k][0] = to_compute(both[0]), gates[k][1] = to_compute(both[1]);
-      }
-    } else {
-      LSTM_UNROLL
-      for (int i = 0; i < 8; ++i)
-        gates[i / 2][i % 2] =
-            slot(step, pair)[(i / 2 * 8 + lane() % 4 * 2 + i % 2) * F::kPitch + lane() / 4];
-    }
-  }
-
- private:
-  LSTM_DEVICE Element* slot(int step, int pair) const {
-    return values_ + (step % F::kSlots * F::kAll + pair) * F::kSlotValues;
-  }
-
-  Element* values_;
-  int H_;
-  bool aligned_;
-};
-
-// Where a step's results of a pair go. Two neighbouring units of 16 bits go out as one word: movmatrix
-// gives lane (g, q) units 2q and 2q + 1 of column g.
-template <class F>
-struct Outputs {
-  using Element = typename F::Element;
-  using Compute = typename F::Compute;
-
-  Element* y;
-  Element* gates;
-  Compute* c;  // null: is not wanted
-  int H, row_step;
-  bool save;   // gates are kept
-  bool words;  // rows begin at even elements, of 16 bits
-
-  LSTM_DEVICE Outputs(const RecurrenceForward& p, int elements_of_row)
-      : y(static_cast<Element*>(p.y)),
-        gates(static_cast<Element*>(p.gates)),
-        c(static_cast<Compute*>(p.c)),
-        H(int(p.shape.H)),
-        row_step(elements_of_row),
-        save(p.save),
-        words(sizeof(Element) == 2 && H % 2 == 0 &&
-              (reinterpret_cast<uintptr_t>(y) | reinterpret_cast<uintptr_t>(gates)) % 4 == 0) {}
-
-  // at: of unit `unit` (lane 0's) and the tile's column 0, in [T, B, D, H]. Bit j of in_batch and active
-  // is for columns 2q + j, bit 2 for column g. m and c_value are 0 where not active.
-  LSTM_DEVICE void store(int64_t at, int unit, unsigned in_batch, unsigned active,
-                         const Compute (&m)[2], const Compute (&c_value)[2],
-                         const Cell<Compute> (&cells)[2]) const {
-    const int g = lane() / 4, q = lane() % 4;
-    const auto value = [&](int k, int j) {
-      const Cell<Compute>& cell = cells[j];
-      return k == 0 ? cell.i : k == 1 ? cell.f : k == 2 ? cell.g : cell.o;
-    };
-    const int64_t gates_at = 4 * at - 3 * unit;
-    if constexpr (sizeof(Element) == 2)
-      if (words) {
-        const int across = g * row_step + 2 * q;
-        const bool exists = unit + 2 * q < H;
-        const uint32_t y_word = ptx::movmatrix(packed<F::arithmetic>(m[0], m[1]));
-        if (exists && in_batch & 4) ptx::store(y + at + across, y_word);
-        if (save) {
-          uint32_t word[4];
-          LSTM_UNROLL
-          for (int k = 0; k < 4; ++k)
-            word[k] = ptx::movmatrix(packed<F::arithmetic>(value(k, 0), value(k, 1)));
-          Element* const to = gates + gates_at + (across + 3 * g * row_step);
-          if (exists && active & 4) {
-            LSTM_UNROLL
-            for (int k = 0; k < 4; ++k) ptx::store(to + k * H, word[k]);
-          }
-        }
-      }
-    if (unit + g >= H) return;
-    LSTM_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      if (!(in_batch >> j & 1)) continue;
-      const int column = (2 * q + j) * row_step;
-      if (c) c[at + column + g] = c_value[j];
-      if (words) continue;
-      y[at + column + g] = to_element<Element>(m[j]);
-      if (!save || !(active >> j & 1)) continue;
-      Element* const to = gates + gates_at + (4 * column + g);
-      LSTM_UNROLL
-      for (int k = 0; k < 4; ++k) to[k * H] = to_element<Element>(value(k, j));
-    }
+        time_step(p.shape.B * p.shape.D * p.shape.H) {
+    if constexpr (cell != CellKind::plain) other = *p.variant;
   }
 };
 
 template <class F, class Team>
-LSTM_DEVICE void run_forward(const ForwardParams<typename Team::Source>& params) {
+using ForwardParamsOf = ForwardParams<typename Team::Source, F::kCell>;
+
+template <class F, class Team>
+LSTM_DEVICE void run_forward(const ForwardParamsOf<F, Team>& params) {
   using Element = typename F::Element;
   using Compute = typename F::Compute;
+  using Given = typename F::Given;
   const RecurrenceForward& p = params.problem;
   const int H = int(p.shape.H);
   const WarpRole<F> role;
@@ -244,12 +60,15 @@ LSTM_DEVICE void run_forward(const ForwardParams<typename Team::Source>& params)
   const Schedule& schedule = part.schedule;
   const int steps = int(schedule.T);
   const int g = lane() / 4, q = lane() % 4;
-  const Element* const gates = static_cast<const Element*>(p.gates);
+  const auto* const gates =
+      static_cast<const Given*>(F::kCell == CellKind::norm ? p.gates_x : p.gates);
   const Outputs<F> outputs(p, params.row_step);
 
   ptx::Shared shared;
   const GateRing<F> ring(shared, gates, H, role);
+  const CellsOf<F, Team> cell(shared, p, params.other);
   Team team(shared, params.source, role, part.d, H);
+  cell.begin();
 
   // The rings of the first steps.
   const int64_t time_step = schedule.reversed ? -params.time_step : params.time_step;
@@ -304,11 +123,27 @@ LSTM_DEVICE void run_forward(const ForwardParams<typename Team::Source>& params)
     in_batch[i] =
         unsigned(2 * q < left) | unsigned(2 * q + 1 < left) << 1 | unsigned(g < left) << 2;
     fresh[i] = starts_fresh(i, 0) | starts_fresh(i, 1) << 2;
-    if constexpr (Team::kTakesState)
-      if (steps > 0)
-        team.send(0, role.unit(i) / 8, role.tile(i),
-                  fresh[i] & 1 ? Compute(0) : to_compute(h[i][0]),
-                  fresh[i] & 2 ? Compute(0) : to_compute(h[i][1]));
+  }
+  const auto place_of = [&](int i, int step, int t) {
+    const auto first = [&](int j) { return t == part.first(length[i][j]); };
+    return PairPlace{step,
+                     t,
+                     part.d,
+                     role.tile(i),
+                     role.unit(i),
+                     part.b(8 * role.tile(i) + 2 * q),
+                     {exists(i, 0), exists(i, 1)},
+                     {t < length[i][0], t < length[i][1]},
+                     {first(0), first(1)},
+                     fresh[i]};
+  };
+  LSTM_UNROLL
+  for (int i = 0; Team::kTakesState && i < F::kAll && steps > 0; ++i) {
+    const PairPlace at = place_of(i, 0, int(schedule.time(0)));
+    const auto sent = [&](int j) {
+      return fresh[i] >> j & 1 ? Compute(0) : cell.read(at, j, to_compute(h[i][j]));
+    };
+    team.send(0, role.unit(i) / 8, role.tile(i), sent(0), sent(1));
   }
 
   for (int step = 0; step < steps; ++step, tile_at += time_step) {
@@ -328,30 +163,32 @@ LSTM_DEVICE void run_forward(const ForwardParams<typename Team::Source>& params)
         const int i = turn * F::kOwned + own;
         Compute gates_x[4][2];
         ring.read(step, i, gates_x);
-        Cell<Compute> cells[2];
+        const PairPlace at = place_of(i, step, t);
+        const Compute h_before[2] = {to_compute(h[i][0]), to_compute(h[i][1])};
+        PairResult<Compute> result{};
+        cell.both(at, sums[own], gates_x, c[i], h_before, result);
         Compute m[2], c_value[2], sent[2];
         unsigned active = unsigned(t < across_length[i]) << 2;
         LSTM_UNROLL
         for (int j = 0; j < 2; ++j) {
-          Cell<Compute>& cell = cells[j];
-          const auto gate = [&](int k) { return sums[own][k / 2][k % 2 * 2 + j] + gates_x[k][j]; };
-          cell.i = gate(0), cell.f = gate(1), cell.g = gate(2), cell.o = gate(3);
-          cell_forward<DeviceMath<F::arithmetic>>(cell, fresh[i] >> j & 1 ? Compute(0) : c[i][j]);
+          const bool begins = fresh[i] >> j & 1;
+          cell.column(at, j, sums[own], gates_x, begins ? Compute(0) : c[i][j],
+                      begins ? Compute(0) : h_before[j], result);
           const bool live = t < length[i][j];
           active |= unsigned(live) << j;
-          m[j] = live ? cell.m : Compute(0);
-          c_value[j] = live ? cell.c : Compute(0);
-          h[i][j] = live ? to_element<Element>(cell.m) : h[i][j];
-          c[i][j] = live ? cell.c : c[i][j];
+          m[j] = live ? result.h[j] : Compute(0);
+          c_value[j] = live ? result.c[j] : Compute(0);
+          h[i][j] = live ? to_element<Element>(result.h[j]) : h[i][j];
+          c[i][j] = live ? result.c[j] : c[i][j];
           // A row that has not begun needs its initial state, unless that is in gates_x already.
           const Compute next = Team::kTakesState && !live ? to_compute(h[i][j]) : m[j];
-          sent[j] = fresh[i] >> (2 + j) & 1 ? Compute(0) : next;
+          sent[j] = fresh[i] >> (2 + j) & 1 ? Compute(0) : cell.read(at, j, next);
         }
         if (step + 1 < steps) team.send(step + 1, role.unit(i) / 8, role.tile(i), sent[0], sent[1]);
         // h is on its way; nobody waits for the rest.
         fresh[i] = fresh[i] >> 2 | starts_fresh(i, step + 2) << 2;
         outputs.store(tile_at + 8 * role.tile(i) * params.row_step + role.unit(i), role.unit(i),
-                      in_batch[i], active, m, c_value, cells);
+                      in_batch[i], active, m, c_value, result.cells);
       }
     }
     if (role.owner()) fetch(step + F::kSlots - 1, tile_at + (F::kSlots - 1) * time_step);
@@ -377,7 +214,7 @@ LSTM_DEVICE void run_forward(const ForwardParams<typename Team::Source>& params)
 
 template <class F, class Team>
 LSTM_KERNEL(F::kThreads, 1)
-forward_kernel(LSTM_PARAMETER ForwardParams<typename Team::Source> params) {
+forward_kernel(LSTM_PARAMETER ForwardParamsOf<F, Team> params) {
   if constexpr (Team::kFamily != Family::rec_cluster || ptx::kHasClusters)
     run_forward<F, Team>(params);
 }
@@ -387,8 +224,8 @@ template <class F, class Team>
 Status start_forward(const char* kernel, const RecurrenceForward& p,
                      const typename Team::Source& source, unsigned first, unsigned count,
                      Stream stream) {
-  constexpr int64_t kBytes =
-      Team::kSharedBytes + GateRing<F>::kValues * sizeof(typename F::Element);
+  constexpr int64_t kBytes = Team::kSharedBytes + CellsOf<F, Team>::kSharedBytes +
+                             GateRing<F>::kValues * sizeof(typename F::Given);
   constexpr Family family = Team::kFamily;
   static_assert(kBytes <= (family == Family::rec_cta ? kCtaSharedBytes
                                                      : resident_shared_bytes(family, F::arithmetic,
@@ -399,8 +236,7 @@ Status start_forward(const char* kernel, const RecurrenceForward& p,
                           .shared_bytes = kBytes,
                           .cluster = family == Family::rec_cluster ? unsigned(F::shape.blocks) : 1,
                           .cooperative = family == Family::rec_group};
-  return launch<forward_kernel<F, Team>>(
-      shape, ForwardParams<typename Team::Source>(p, source, first), stream);
+  return launch<forward_kernel<F, Team>>(shape, ForwardParamsOf<F, Team>(p, source, first), stream);
 }
 
 }  // namespace lstm_cuda::resident
