@@ -66,7 +66,7 @@ Status start(Call& call, const CudaPlan& plan, const Context& context) {
   Scratch scratch(call.in, (before ? 0 : packed) + words);
   scratch.weights = packed_weights(shape, plan, Call::kBackward, before ? before : scratch.data());
   if (words > 0) scratch.words = scratch.data() + (before ? 0 : packed);
-  const bool waits = !call.p.gates;  // for a product under which packing can hide
+  const bool waits = call.has_input_to_multiply();  // under which packing can hide
   Fork fork(context.index, stream, plan.pack_beside && waits && !before);
   Status status{};
   if (!before)
@@ -148,7 +148,8 @@ void fill(Problem& p, const Inputs& in) {
 // p holds what not every call has.
 ForwardResult run_forward(RecurrenceForward p, const Inputs& in,
                           const OptionalTensors& bias_or_none, bool save, bool cells,
-                          bool allow_tf32, const OptionalTensor& packed, int64_t layout) {
+                          bool allow_tf32, const OptionalTensor& packed, int64_t layout,
+                          const OptionalTensor& h_operand) {
   const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
   const Tensor& x = in.x;
   const Tensors bias = bias_or_none.value_or(Tensors{});
@@ -172,14 +173,18 @@ ForwardResult run_forward(RecurrenceForward p, const Inputs& in,
   }
   const Tensor h_n = empty({D, B, P}, in.type, x), c_n = empty({D, B, H}, in.c_type, x);
 
-  ForwardCall forward{
-      in, Products(in.w_hh[0], allow_tf32, context.stream), biases, packed, layout, y, h_n, p};
+  ForwardCall forward{in,     Products(in.w_hh[0], allow_tf32, context.stream),
+                      biases, packed,
+                      layout, h_operand ? h_operand : in.h0,
+                      y,      h_n,
+                      p};
   if (p.gates_x && save) {
     forward.gates = empty({T, B, D, 4 * H}, in.type, x);
     forward.p.gates = forward.gates.data_ptr();
   }
   fill(forward.p, in);
   forward.p.h0 = pointer(in.h0);
+  forward.p.h_operand = pointer(h_operand);
   forward.p.save = save;
   forward.p.y = y.data_ptr();
   forward.p.h_n = h_n.data_ptr();
@@ -197,7 +202,7 @@ ForwardResult layer_forward(const Tensor& x, const Tensors& w_ih, const Tensors&
                             const OptionalTensor& packed, int64_t layout, int64_t /*before*/,
                             int64_t /*after*/) {
   const Inputs in(x, w_ih, w_hh, w_hr.value_or(Tensors{}), h0, c0, lengths, reset, reversed);
-  return run_forward({}, in, bias, save, cells, allow_tf32, packed, layout);
+  return run_forward({}, in, bias, save, cells, allow_tf32, packed, layout, {});
 }
 
 // t [.., D, B, P] times h_scale, as products read it.
@@ -227,8 +232,8 @@ VariantForwardResult variant_forward(
   RecurrenceForward p{};
   p.variant = &variant;
   p.gates_x = w_ih ? nullptr : in.x.data_ptr();
-  p.h_operand = pointer(h_operand);
-  return std::tuple_cat(run_forward(p, in, bias, save, cells, allow_tf32, {}, 0), statistics);
+  return std::tuple_cat(run_forward(p, in, bias, save, cells, allow_tf32, {}, 0, h_operand),
+                        statistics);
 }
 
 // What only some calls want of backward.

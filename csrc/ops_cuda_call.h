@@ -2,6 +2,7 @@
 // kernels are told, what memory they need, and what torch multiplies for them before and after.
 #pragma once
 
+#include "cuda/cell_norms.h"
 #include "cuda/families.h"
 #include "cuda/operands.h"
 #include "cuda/pack.h"
@@ -41,13 +42,16 @@ struct ForwardCall {
   OptionalTensor biases;  // [D * 4H], the sum
   OptionalTensor packed;  // weights that were packed before, in this layout
   int64_t layout;
+  OptionalTensor h0;  // [D, B, P], as w_hh meets it
   Tensor y, h_n;
   RecurrenceForward p{};
-  Tensor gates{};  // [T, B, D, 4H]
+  Tensor gates{};       // [T, B, D, 4H]
+  Tensor h0_product{};  // [D, B, 4H], where kernels read it
 
   // Once for all families that are tried.
+  bool has_input_to_multiply() const { return !p.gates && !p.gates_x; }
   void multiply_input() {
-    if (p.gates || p.gates_x) return;
+    if (!has_input_to_multiply()) return;
     const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
     gates =
         result_shaped(products.linear_each(in.x, cat(in.w_ih), biases, inputs), {T, B, D, 4 * H});
@@ -57,33 +61,38 @@ struct ForwardCall {
   Status start(const CudaPlan& plan, const Scratch& scratch, Stream stream) const {
     switch (plan.family) {
       case Family::rec_cta:
-        return rec_cta_forward(p, plan, stream);
+        return (p.variant ? variant_cta_forward : rec_cta_forward)(p, plan, stream);
       case Family::rec_cluster:
-        return rec_cluster_forward(p, plan, scratch.weights, stream);
+        return (p.variant ? variant_cluster_forward : rec_cluster_forward)(p, plan, scratch.weights,
+                                                                           stream);
       case Family::rec_group:
         return rec_group_forward(p, plan, scratch.weights, scratch.words, stream);
       default:
         return rec_step_forward(p, plan, scratch.data(), stream);
     }
   }
-  Status add_initial_state(Stream stream) const {
-    if (!p.h0) return {};
-    const Tensor product = bmm(*in.h0, transpose(stacked_w_hh(in), 1, 2));
-    return add_initial_product(in.shape, product.data_ptr(), p.lengths, p.reset, p.gates, stream);
+  Status add_initial_state(Stream stream) {
+    if (!h0) return {};
+    h0_product = bmm(*h0, transpose(stacked_w_hh(in), 1, 2));
+    p.h0_product = h0_product.data_ptr();
+    // What is normalised by itself must not be in gates_x.
+    if (kind_of(p.variant) == CellKind::norm) return {};
+    return add_initial_product(in.shape, p.h0_product, p.lengths, p.reset, p.gates, stream);
   }
-  Status start_resident(const CudaPlan& plan, const Scratch& scratch, Stream stream) const {
+  Status start_resident(const CudaPlan& plan, const Scratch& scratch, Stream stream) {
     const Status status = add_initial_state(stream);
     return status.ok() ? start(plan, scratch, stream) : status;
   }
 
   // What comes before and after a recurrence over m, with a projection folded into its weights.
-  Status before_folded(ForwardCall& over_m, Stream stream) const {
+  Status before_folded(ForwardCall& over_m, Stream stream) {
     const auto& [dtype, T, B, D, I, H, P, bits, projected, inputs] = in.shape;
     over_m.y = empty({T, B, D * H}, in.type, in.x);
     over_m.h_n = empty({D, B, H}, in.type, in.x);
     over_m.p.y = over_m.y.data_ptr();
     over_m.p.h_n = over_m.h_n.data_ptr();
     over_m.p.h0 = nullptr;
+    over_m.h0 = {};
     return add_initial_state(stream);
   }
   Status after_folded(const ForwardCall& over_m, Stream stream) {
@@ -96,7 +105,9 @@ struct ForwardCall {
   // Whether a launch is refused is known only after h0's product was put in gates_x, where the next
   // family would add it again; of several launches, the first may have saved gates there, too. That
   // happens once, so gates_x is made anew.
-  void undo_resident() { p.gates = nullptr; }
+  void undo_resident() {
+    if (!p.gates_x) p.gates = nullptr;
+  }
 
   // Weights that need not be packed any more.
   const void* packed_before(const CudaPlan& plan, int64_t bytes) const {
@@ -115,20 +126,42 @@ struct BackwardCall {
   Tensor dgates, dh0;
   bool need_dh;  // where the recurrence does without
   RecurrenceBackward p{};
+  // What only some families want of other cells: norms of c [T, B, D, 2], and the part of dh0 that comes
+  // through no product [D, B, H].
+  OptionalTensor c_norms{}, dh_kept{};
 
-  Status start(const CudaPlan& plan, const Scratch& scratch, Stream stream) const {
+  Status start(const CudaPlan& plan, const Scratch& scratch, Stream stream) {
     switch (plan.family) {
-      case Family::rec_cta:
-        return rec_cta_backward(p, plan, stream);
-      case Family::rec_cluster:
-        return rec_cluster_backward(p, plan, scratch.weights, stream);
+      case Family::rec_cta: {
+        const Status status = find_norms(stream);
+        if (!status.ok()) return status;
+        return (p.variant ? variant_cta_backward : rec_cta_backward)(p, plan, stream);
+      }
+      case Family::rec_cluster: {
+        const Status status = find_norms(stream);
+        if (!status.ok()) return status;
+        return (p.variant ? variant_cluster_backward : rec_cluster_backward)(
+            p, plan, scratch.weights, stream);
+      }
       case Family::rec_group:
         return rec_group_backward(p, plan, scratch.weights, scratch.words, stream);
       default:
         return rec_step_backward(p, plan, scratch.data(), stream);
     }
   }
+  Status find_norms(Stream stream) {
+    if (kind_of(p.variant) != CellKind::norm) return {};
+    const LayerShape& s = in.shape;
+    c_norms = empty({s.T, s.B, s.D, 2}, compute_type(in.type), in.x);
+    p.c_norms = c_norms->data_ptr();
+    return cell_norms(s, *p.variant, p.gates, p.c, p.c0, p.wide_c, p.lengths, p.reset,
+                      c_norms->data_ptr(), stream);
+  }
   Status start_resident(const CudaPlan& plan, const Scratch& scratch, Stream stream) {
+    if (p.dh0 && p.variant && p.variant->cell.zoneout_h > 0) {
+      dh_kept = empty({in.shape.D, in.shape.B, in.shape.H}, compute_type(in.type), in.x);
+      p.dh_kept = dh_kept->data_ptr();
+    }
     const Status status = start(plan, scratch, stream);
     return status.ok() ? finish_initial_state(stream) : status;
   }
@@ -140,8 +173,10 @@ struct BackwardCall {
         first_dgates(in.shape, p.dgates, p.lengths, p.reset, first.data_ptr(), stream);
     if (!status.ok()) return status;
     dh0 = bmm(first, stacked_w_hh(in));
-    return finish_dh0(in.shape, p.dh_n, p.lengths, p.reset, dh0.data_ptr(), stream);
+    return finish_dh0(in.shape, p.dh_n, p.lengths, p.reset,
+                      p.variant ? p.variant->h_scale : nullptr, p.dh_kept, dh0.data_ptr(), stream);
   }
+  static bool has_input_to_multiply() { return false; }
   void multiply_input() {}
 
   // What comes before and after a recurrence over m, with a projection folded into its weights.

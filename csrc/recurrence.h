@@ -80,8 +80,10 @@ LSTM_HOST_DEVICE CellKind kind_of(const Variant* variant) {
 
 // Whether h may be larger than 1 where w_hh meets it.
 LSTM_HOST_DEVICE bool has_large_h(const Variant& variant) {
-  const Activation output = variant.cell.output;
-  return variant.h_scale || output == Activation::relu || output == Activation::identity;
+  const auto unbounded = [](Activation a) {
+    return a == Activation::relu || a == Activation::identity;
+  };
+  return variant.h_scale || unbounded(variant.cell.output) || unbounded(variant.cell.recurrent);
 }
 
 // The reserve (gates, c) is in the compute type: double for float64, float for all others.

@@ -91,8 +91,9 @@ def _of_cell(module: FusedLSTM) -> tuple[str, bool]:
         return "plain", False
     cell = module.cell
     dropped = module.training and cell.recurrent_dropout > 0
-    large = (cell.output_activation or cell.activation) in ("relu", "identity")
-    return "norm" if "layer_norm" in options else "options", dropped or large
+    of_h = {cell.output_activation or cell.activation, cell.recurrent_activation}
+    large = dropped or bool(of_h & {"relu", "identity"})
+    return "norm" if "layer_norm" in options else "options", large
 
 
 def _in_words(plan: dict[str, object]) -> str:

@@ -36,11 +36,11 @@ struct PairResult {
 };
 
 template <class F, class Team>
-struct PlainCells {
+struct PlainForward {
   using Compute = typename F::Compute;
   static constexpr std::size_t kSharedBytes = 0;
 
-  LSTM_DEVICE PlainCells(ptx::Shared&, const RecurrenceForward&, const Nothing&) {}
+  LSTM_DEVICE PlainForward(ptx::Shared&, const RecurrenceForward&, const Nothing&) {}
   LSTM_DEVICE void begin() const {}
 
   LSTM_DEVICE void both(const PairPlace&, const Compute (&)[2][4], const Compute (&)[4][2],
@@ -60,15 +60,8 @@ struct PlainCells {
   LSTM_DEVICE Compute read(const PairPlace&, int, Compute h) const { return h; }
 };
 
-// No totals are wanted.
-struct NoTotals {
-  static constexpr std::size_t kSharedBytes = 0;
-  LSTM_DEVICE explicit NoTotals(ptx::Shared&) {}
-  LSTM_DEVICE void begin() const {}
-};
-
 template <class F, class Team>
-class VariantCells {
+class VariantForward {
   using Compute = typename F::Compute;
   using Element = typename F::Element;
   using Math = DeviceMath<F::arithmetic>;
@@ -85,7 +78,7 @@ class VariantCells {
  public:
   static constexpr std::size_t kSharedBytes = Totals::kSharedBytes;
 
-  LSTM_DEVICE VariantCells(ptx::Shared& shared, const RecurrenceForward& p, const Variant& v)
+  LSTM_DEVICE VariantForward(ptx::Shared& shared, const RecurrenceForward& p, const Variant& v)
       : p_(p), v_(v), H_(int(p.shape.H)), totals_(shared) {}
   // After the team has begun.
   LSTM_DEVICE void begin() const { totals_.begin(); }
@@ -266,7 +259,7 @@ class VariantCells {
 };
 
 template <class F, class Team>
-using CellsOf =
-    std::conditional_t<F::kCell == CellKind::plain, PlainCells<F, Team>, VariantCells<F, Team>>;
+using ForwardCells =
+    std::conditional_t<F::kCell == CellKind::plain, PlainForward<F, Team>, VariantForward<F, Team>>;
 
 }  // namespace lstm_cuda::resident

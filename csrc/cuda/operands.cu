@@ -221,18 +221,30 @@ first_dgates_kernel(LSTM_PARAMETER FirstSteps p) {
   });
 }
 
+struct FinishDh0 : FirstSteps {
+  const void *h_scale, *kept;  // [D, B, P], compute, or null
+};
+
 template <Arithmetic a>
 LSTM_KERNEL(kThreads)
-finish_dh0_kernel(LSTM_PARAMETER FirstSteps p) {
+finish_dh0_kernel(LSTM_PARAMETER FinishDh0 p) {
   using Element = typename Types<a>::Element;
+  using Compute = typename Types<a>::Compute;
   const int64_t B = p.shape.B, D = p.shape.D, P = p.shape.P;
   each(D * B * P, [&](int64_t index) {
     const int64_t b = index / P % B, d = index / (P * B);
     const Schedule schedule = schedule_of(p.shape, d, p.lengths, p.reset);
-    if (initial_state_used(schedule, b)) return;
-    Element v = to_element<Element>(typename Types<a>::Compute(0));
-    if (schedule.length(b) == 0 && p.from) v = static_cast<const Element*>(p.from)[index];
-    static_cast<Element*>(p.to)[index] = v;
+    Element& to = static_cast<Element*>(p.to)[index];
+    if (initial_state_used(schedule, b)) {
+      Compute v = to_compute(to);
+      if (p.h_scale) v *= static_cast<const Compute*>(p.h_scale)[index];
+      if (p.kept) v += static_cast<const Compute*>(p.kept)[index];
+      to = to_element<Element>(v);
+    } else if (schedule.length(b) == 0 && p.from) {
+      to = static_cast<const Element*>(p.from)[index];
+    } else {
+      to = to_element<Element>(Compute(0));
+    }
   });
 }
 
@@ -327,9 +339,11 @@ Status first_dgates(const LayerShape& shape, const void* dgates, const int64_t* 
 }
 
 Status finish_dh0(const LayerShape& shape, const void* dh_n, const int64_t* lengths,
-                  const uint8_t* reset, void* dh0, Stream stream) {
-  if (!lengths && !reset) return {};  // every row has a first step that the initial state reaches
-  const FirstSteps p{shape, dh_n, lengths, reset, dh0};
+                  const uint8_t* reset, const void* h_scale, const void* kept, void* dh0,
+                  Stream stream) {
+  // Else every row has a first step that the initial state reaches, through nothing but the product.
+  if (!lengths && !reset && !h_scale && !kept) return {};
+  const FinishDh0 p{{shape, dh_n, lengths, reset, dh0}, h_scale, kept};
   return by_dtype(shape.dtype, [&]<Arithmetic a>() {
     return launch<finish_dh0_kernel<a>>(grid_for("finish_dh0", shape.D * shape.B * shape.P), p,
                                         stream);

@@ -47,9 +47,11 @@ Status add_initial_product(const LayerShape& shape, const void* product, const i
 Status first_dgates(const LayerShape& shape, const void* dgates, const int64_t* lengths,
                     const uint8_t* reset, void* to, Stream stream);
 
-// dh0[D, B, P] of rows that it does not reach through a product: dh_n (null: zeros) where a row has no
-// steps, zeros where no state crosses into its first step. Other rows are left alone.
+// dh0[D, B, P], where there is dgates w_hh of each row's first step: times h_scale (null: 1), and what
+// zoneout `kept` for it besides (null: nothing), both [D, B, P] in the compute type. Rows that no product
+// reaches have dh_n (null: zeros) where there are no steps, zeros where no state crosses into the first.
 Status finish_dh0(const LayerShape& shape, const void* dh_n, const int64_t* lengths,
-                  const uint8_t* reset, void* dh0, Stream stream);
+                  const uint8_t* reset, const void* h_scale, const void* kept, void* dh0,
+                  Stream stream);
 
 }  // namespace lstm_cuda

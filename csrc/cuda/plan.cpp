@@ -159,8 +159,8 @@ void choose_tiles(CudaPlan& plan, const LayerShape& s, const CudaRequest& reques
       us = model::group_us(s, plan.arithmetic, plan.resident, tiles, groups, request.backward,
                            device);
     } else {
-      us = model::cluster_us(s, plan.arithmetic, plan.resident, tiles, turns, request.backward,
-                             device);
+      us = model::cluster_us(s, request.cell, plan.arithmetic, plan.resident, tiles, turns,
+                             request.backward, device);
     }
     if (plan.column_tiles > 0 && us >= plan.estimated_us) return;
     plan.column_tiles = tiles;
@@ -187,11 +187,13 @@ CudaPlan plan_family(Family family, const LayerShape& s, Arithmetic arithmetic,
   plan.reason = words(family).chosen;
   if (family == Family::rec_cta) {
     plan.padded_hidden = padded_hidden(s.H);
-    plan.estimated_us = model::cta_us(s, arithmetic, plan.padded_hidden, backward, device);
+    plan.estimated_us =
+        model::cta_us(s, request.cell, arithmetic, plan.padded_hidden, backward, device);
   } else if (family == Family::rec_step) {
     plan.tile = step_tile(s, device, arithmetic, backward);
     plan.overlap = device.architecture >= 90;
-    plan.estimated_us = model::launches_us(s, arithmetic, columns_of(plan.tile), backward, device);
+    plan.estimated_us =
+        model::launches_us(s, request.cell, arithmetic, columns_of(plan.tile), backward, device);
   } else {
     choose_tiles(plan, s, request, device);
     if (plan.column_tiles == 0) {
@@ -301,7 +303,8 @@ bool plan_of_layout(int64_t layout, CudaPlan& plan) {
       plan.family = family;
       plan.arithmetic = arithmetic;
       for (int64_t hidden = 1;;) {
-        const ResidentShape* const shape = resident_shape(family, CellKind::plain, arithmetic, hidden);
+        const ResidentShape* const shape =
+            resident_shape(family, CellKind::plain, arithmetic, hidden);
         if (!shape) break;
         plan.resident = *shape;
         if (packed_layout(plan) == layout) return true;

@@ -69,6 +69,7 @@ inline constexpr double kWait = 40;             // a cluster's loop, and its fir
 inline constexpr double kPartialSums = 75;      // of warps that share the depth
 inline constexpr double kSend = 95;             // turning and sending h
 inline constexpr double kReduceAndStore = 175;  // adding what came, storing and loading dgates
+inline constexpr double kTotals = 120;  // values of units summed up for whole rows, in a block
 inline constexpr double kGroupRest = 260, kGroupReduce = 150;
 
 // ---- Launches, in us.
@@ -197,6 +198,12 @@ constexpr double group_cycles(Arithmetic a, const ResidentShape& shape, int tile
          (backward ? kGroupReduce : 0) + cell_cycles(w.cells, a, backward);
 }
 
+// What normalising rows adds to a step of rec_cta or rec_cluster: totals twice, each waited for.
+constexpr double norm_cycles(Family family, CellKind cell) {
+  if (cell != CellKind::norm) return 0;
+  return 2 * (kTotals + (family == Family::rec_cluster ? kPeerLatency : 0));
+}
+
 // ---- Whole recurrences, in us.
 
 // What passes through memory in one step of the whole batch, while training: gates in and out, c,
@@ -253,24 +260,27 @@ constexpr double prepared_us(const LayerShape& s, Arithmetic a, int hidden) {
   return 2 * kSmallLaunch + pack_us(s, a, hidden);
 }
 
-constexpr double cta_us(const LayerShape& s, Arithmetic a, int hidden, bool backward,
+constexpr double cta_us(const LayerShape& s, CellKind cell, Arithmetic a, int hidden, bool backward,
                         const CudaDevice& device) {
   const double weights = 4.0 * hidden * hidden * element_bytes(a);
   // Two blocks of few registers share a multiprocessor without being in each other's way.
   const int64_t at_once = int64_t(device.multiprocessors) * (weights <= 32768 ? 2 : 1);
   const int64_t waves = ceil_div(ceil_div(s.B, 8) * s.D, at_once);
   const double step =
-      step_us(Family::rec_cta, a, hidden, 1, 1, backward, device, cta_cycles(a, hidden, backward));
+      step_us(Family::rec_cta, a, hidden, 1, 1, backward, device, cta_cycles(a, hidden, backward)) +
+      norm_cycles(Family::rec_cta, cell) / kClock;
   return kLaunch + double(waves) * weights_us(weights) +
          double(s.T) * std::max(double(waves) * step, memory_us(s, a));
 }
 
-constexpr double cluster_us(const LayerShape& s, Arithmetic a, const ResidentShape& shape,
-                            int tiles, int turns, bool backward, const CudaDevice& device) {
+constexpr double cluster_us(const LayerShape& s, CellKind cell, Arithmetic a,
+                            const ResidentShape& shape, int tiles, int turns, bool backward,
+                            const CudaDevice& device) {
   const int64_t waves =
       ceil_div(ceil_div(s.B, 8 * tiles) * s.D, resident_clusters(shape.blocks, device));
   const double step = step_us(Family::rec_cluster, a, shape.hidden, tiles, turns, backward, device,
-                              cluster_cycles(a, shape, tiles, turns, backward));
+                              cluster_cycles(a, shape, tiles, turns, backward)) +
+                      norm_cycles(Family::rec_cluster, cell) / kClock;
   const double weights = 4.0 * shape.hidden * shape.units() * 2 * parts_of(a);
   return prepared_us(s, a, shape.hidden) + kLaunch + double(waves) * weights_us(weights) +
          double(s.T) * std::max(double(waves) * step, memory_us(s, a));
@@ -291,8 +301,8 @@ constexpr double group_us(const LayerShape& s, Arithmetic a, const ResidentShape
 }
 
 // `columns`: of a tile; the batch is padded to them.
-constexpr double launches_us(const LayerShape& s, Arithmetic a, int columns, bool backward,
-                             const CudaDevice& device) {
+constexpr double launches_us(const LayerShape& s, CellKind cell, Arithmetic a, int columns,
+                             bool backward, const CudaDevice& device) {
   const double hidden = double(s.D * s.H * s.P), rows = double(ceil_div(s.B, columns) * columns);
   const double all_bytes = (s.projected ? 5 : 4) * hidden * element_bytes(a);
   const auto launch_us = [&](double weights, double least) {
@@ -303,7 +313,8 @@ constexpr double launches_us(const LayerShape& s, Arithmetic a, int columns, boo
                      kShortestStep});
   };
   const double step = launch_us(4 * hidden, memory_us(s, a)) +
-                      (s.projected ? launch_us(hidden, 0) : 0) + (backward ? kBackwardStep : 0);
+                      (s.projected ? launch_us(hidden, 0) : 0) + (backward ? kBackwardStep : 0) +
+                      (cell == CellKind::norm ? kNextLaunch + kShortestStep : 0);  // whole rows
   return kSmallLaunch + double(s.T) * step;
 }
 

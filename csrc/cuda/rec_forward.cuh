@@ -66,7 +66,7 @@ LSTM_DEVICE void run_forward(const ForwardParamsOf<F, Team>& params) {
 
   ptx::Shared shared;
   const GateRing<F> ring(shared, gates, H, role);
-  const CellsOf<F, Team> cell(shared, p, params.other);
+  const ForwardCells<F, Team> cell(shared, p, params.other);
   Team team(shared, params.source, role, part.d, H);
   cell.begin();
 
@@ -224,7 +224,7 @@ template <class F, class Team>
 Status start_forward(const char* kernel, const RecurrenceForward& p,
                      const typename Team::Source& source, unsigned first, unsigned count,
                      Stream stream) {
-  constexpr int64_t kBytes = Team::kSharedBytes + CellsOf<F, Team>::kSharedBytes +
+  constexpr int64_t kBytes = Team::kSharedBytes + ForwardCells<F, Team>::kSharedBytes +
                              GateRing<F>::kValues * sizeof(typename F::Given);
   constexpr Family family = Team::kFamily;
   static_assert(kBytes <= (family == Family::rec_cta ? kCtaSharedBytes

@@ -99,11 +99,14 @@ class ClusterTotals {
   static_assert(kBlocks % 4 == 0);
 
  public:
-  static constexpr std::size_t kSharedBytes = kSlots * (kBytes + sizeof(uint64_t));
+  // The piece with the barriers ends where any other may begin.
+  static constexpr int kPieceOfBars = 128 / sizeof(uint64_t);
+  static constexpr std::size_t kSharedBytes = kSlots * kBytes + 128;
+  static_assert(kSlots <= kPieceOfBars);
 
   LSTM_DEVICE explicit ClusterTotals(ptx::Shared& shared)
       : values_(shared.take<Two>(kSlots * kBytes / sizeof(Two), 16)),
-        bars_(shared.take<uint64_t>(kSlots)) {
+        bars_(shared.take<uint64_t>(kPieceOfBars)) {
     if (ptx::thread_index() == 0)
       for (int slot = 0; slot < kSlots; ++slot) ptx::mbarrier_init(bars_ + slot, 1);
   }
@@ -148,6 +151,13 @@ class ClusterTotals {
 
   Two* values_;
   uint64_t* bars_;
+};
+
+// Where no totals are wanted.
+struct NoTotals {
+  static constexpr std::size_t kSharedBytes = 0;
+  LSTM_DEVICE explicit NoTotals(ptx::Shared&) {}
+  LSTM_DEVICE void begin() const {}
 };
 
 }  // namespace lstm_cuda
