@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("90a", "80", "86", "89", "100a", "120")
 # Cluster kernels have a body only where clusters are used; elsewhere one compilation shows that
 # nothing else is left in their files.
+CLUSTER_FILES = ("rec_cluster_", "variant_cluster_")
 CLUSTER_ARCHITECTURES = ("90a", "100a")
 WITHOUT_CLUSTERS = "80"
 # What torch's builds define: 16-bit types convert only by name.
@@ -135,14 +136,14 @@ def read_usages(report: str, architecture: str) -> list[Usage]:
 
 def architectures_of(source: Path, wanted: Sequence[str]) -> list[str]:
     """Those of the wanted architectures that a file is compiled for."""
-    if not source.name.startswith(("rec_cluster_", "variant_cluster_")):
+    if not source.name.startswith(CLUSTER_FILES):
         return list(wanted)
     return [each for each in wanted if each in (*CLUSTER_ARCHITECTURES, WITHOUT_CLUSTERS)]
 
 
 def has_step_kernels(source: Path, architecture: str) -> bool:
     """Whether there must be kernels whose loops over the steps are looked at."""
-    if source.name.startswith("rec_cluster_"):
+    if source.name.startswith(CLUSTER_FILES):
         return architecture in CLUSTER_ARCHITECTURES
     return source.name.startswith("rec_group_")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 # Of enum class Arithmetic; products of float32 are three, of two parts each.
 EXACT = 1
+NORM = "2"  # of enum class CellKind
 # MEMBAR waits for all stores, ERRBAR belongs to a release of the whole device.
 FENCES = ("MEMBAR", "ERRBAR")
 
@@ -112,6 +113,7 @@ class StepKernel:
         shared: row tiles of a warp, backward, whose weights are in shared memory.
         tiles: of 8 batch rows, in one turn.
         turns: of a step, one after the other in the code.
+        norm: of rows, over all blocks (unit_totals.cuh).
     """
 
     backward: bool
@@ -124,13 +126,15 @@ class StepKernel:
     shared: int
     tiles: int
     turns: int
+    norm: bool = False
 
     @classmethod
     def of(cls, mangled: str) -> StepKernel | None:
         """From a kernel's mangled name; None for all other kernels."""
         match = re.search(
             r"(Forward|Backward)ConfigIL\w+?ArithmeticE(\d+)EXtl\w+?ResidentShapeE"
-            r"((?:Li\d+E)+)EELi(\d+)ELi(\d+)E.*?(Cluster|Group)(?:Exchange|Reduce)",
+            r"((?:Li\d+E)+)EELi(\d+)ELi(\d+)E(?:L\w+?CellKindE(\d)E)?"
+            r".*?(Cluster|Group)(?:Exchange|Reduce)",
             mangled,
         )
         if match is None:
@@ -140,7 +144,7 @@ class StepKernel:
         backward, exact = match[1] == "Backward", int(match[2]) == EXACT
         tiles, turns = int(match[4]), int(match[5])
         sizes = (hidden, blocks, warps, split, shared, tiles, turns)
-        return cls(backward, match[6], exact, *sizes)
+        return cls(backward, match[7], exact, *sizes, norm=match[6] == NORM)
 
     @property
     def _row_tiles(self) -> int:
@@ -184,7 +188,8 @@ class StepKernel:
             return 0
         if self.backward:
             rows, columns = self._rolled()
-            return self.turns * rows * columns
+            totals = 2 * self.blocks // 4 if self.norm else 0  # of c, and of products
+            return self.turns * rows * columns + totals
         pairs = self._octets * self.tiles
         owned = pairs // min(pairs, self.split)
         return self.turns * owned * (2 if self.exact else 1) * self.blocks // 4

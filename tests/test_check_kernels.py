@@ -167,13 +167,20 @@ def test_the_loop_is_what_repeats_with_its_products() -> None:
 
 
 def mangled(
-    name: str, arithmetic: int, shape: tuple[int, ...], tiles: int, turns: int, family: str
+    name: str,
+    arithmetic: int,
+    shape: tuple[int, ...],
+    tiles: int,
+    turns: int,
+    family: str,
+    cell: int | None = None,
 ) -> str:
     numbers = "".join(f"Li{number}E" for number in shape)
+    kind = "" if cell is None else f"LNS_8CellKindE{cell}E"
     exchange = "15ClusterExchange" if family == "Cluster" else "11GroupReduce"
     return (
         f"_ZN9lstm_cuda8resident14forward_kernelINS0_13{name}ConfigILNS_10ArithmeticE{arithmetic}EXtl"
-        f"NS_13ResidentShapeE{numbers}EELi{tiles}ELi{turns}EEENS0_{exchange}EEEvNS0_13ForwardParamsE"
+        f"NS_13ResidentShapeE{numbers}EELi{tiles}ELi{turns}E{kind}EENS0_{exchange}EEEvNS0_13ForwardParamsE"
     )
 
 
@@ -217,6 +224,16 @@ def test_products_and_sends_of_a_step(
     assert (kernel.products(), kernel.sends()) == (products, sends)
 
 
+# None: a template without kinds; else enum class CellKind.
+@pytest.mark.parametrize(("cell", "sends"), [(None, 4), (0, 4), (1, 4), (2, 12)])
+def test_totals_of_rows_are_sent(cell: int | None, sends: int) -> None:
+    name = mangled("Backward", 4, (512, 16, 8, 2), 1, 1, "Cluster", cell)
+    kernel = machine_code.StepKernel.of(name)
+    assert kernel is not None
+    assert (kernel.family, kernel.norm) == ("Cluster", cell == 2)
+    assert (kernel.products(), kernel.sends()) == (32, sends)
+
+
 def test_faults_of_a_loop() -> None:
     name = mangled("Forward", 4, (32, 4, 2, 2, 0, 0), 1, 1, "Cluster")  # two products, one send
     assert machine_code.StepKernel.of("_Z5cleanPd") is None
@@ -244,6 +261,7 @@ def test_cluster_kernels_are_compiled_where_there_are_clusters() -> None:
     everywhere = check_kernels.ARCHITECTURES
     for name, architectures, with_loops in (
         ("rec_cluster_forward.cu", ["90a", "80", "100a"], ["90a", "100a"]),
+        ("variant_cluster_backward.cu", ["90a", "80", "100a"], ["90a", "100a"]),
         ("rec_group_backward.cu", list(everywhere), list(everywhere)),
         ("rec_cta_forward.cu", list(everywhere), []),
     ):

@@ -23,11 +23,23 @@ MICRO_KERNELS = "tests/emulation/micro_kernels.cuh"
 RECURRENCE = "tests/emulation/recurrence.cpp"
 VARIANTS = "tests/emulation/variants.cpp"
 RESIDENT = "tests/emulation/resident.cpp"
+VARIANT_CLUSTER = "tests/emulation/variant_cluster.cpp"
+SMALL_VARIANT_CLUSTER = "tests/emulation/small_variant_cluster.cpp"
 SMALL = {f: f"tests/emulation/small_{f}.cpp" for f in ("cluster", "group")}
+OF_VARIANTS = [
+    "plan.cpp",
+    "prepare.cu",
+    "rec_step.cu",
+    "step_project.cu",
+    "variant_forward.cu",
+    "variant_backward.cu",
+]
 # What drivers need of csrc/cuda.
 KERNELS = {
     RECURRENCE: ["plan.cpp", "prepare.cu", "rec_cta_*.cu", "rec_step.cu", "step_*.cu"],
-    VARIANTS: ["plan.cpp", "prepare.cu", "rec_step.cu", "step_project.cu", "variant_*.cu"],
+    VARIANTS: OF_VARIANTS,
+    VARIANT_CLUSTER: [*OF_VARIANTS, "pack.cu", "variant_cluster_backward.cu"],
+    SMALL_VARIANT_CLUSTER: [*OF_VARIANTS, "pack.cu"],
     RESIDENT: ["plan.cpp", "pack.cu", "rec_cluster*.cu", "rec_group*.cu"],
     SMALL["cluster"]: ["plan.cpp", "pack.cu"],
     SMALL["group"]: ["plan.cpp", "pack.cu"],
@@ -60,6 +72,15 @@ def of_variants(name: str, file: str, old: str, new: str, variant: str, case: in
     """A mutant of rec_step for other cells, which one case of variants.cpp notices."""
     arguments = ("float32", "reverse", "0", str(case))
     return Mutant(f"variant_{name}", f"csrc/cuda/{file}", old, new, variant, VARIANTS, arguments)
+
+
+def of_variant_cluster(name: str, file: str, old: str, new: str, variant: str, case: int) -> Mutant:
+    """A mutant of rec_cluster for other cells, which a case of variant_cluster_run.hpp notices."""
+    arguments = ("float32", "random", "1", str(case))
+    path = f"csrc/cuda/{file}"
+    return Mutant(
+        f"variant_cluster_{name}", path, old, new, variant, SMALL_VARIANT_CLUSTER, arguments
+    )
 
 
 cta = functools.partial(of_family, "rec_cta")
@@ -122,6 +143,46 @@ MUTANTS = [
         "if (b >= o_.B) continue;",
         "asan",
         0,
+    ),
+    of_variant_cluster(
+        "totals_not_waited_for",
+        "variant_backward_cells.cuh",
+        "    totals_.wait(slot, step);\n",
+        "",
+        "tsan",
+        7,
+    ),
+    of_variant_cluster(
+        "totals_of_c_and_of_products_in_one_slot",
+        "variant_backward_cells.cuh",
+        "enum Slot { kOfC, kOfProducts };",
+        "enum Slot { kOfC, kOfProducts = kOfC };",
+        "plain",
+        7,
+    ),
+    of_variant_cluster(
+        "lanes_of_another_row_added_up",
+        "variant_backward_cells.cuh",
+        "using Lanes = Quarter<2, 16>;",
+        "using Lanes = Quarter<8, 16>;",
+        "plain",
+        7,
+    ),
+    of_variant_cluster(
+        "what_zoneout_leaves_over_a_reset",
+        "variant_backward_cells.cuh",
+        "fresh || !(keep > 0) ? 0.f",
+        "!(keep > 0) ? 0.f",
+        "plain",
+        7,
+    ),
+    of_variant_cluster(
+        "weights_of_norm_for_padding",
+        "variant_backward_cells.cuh",
+        "from && of_block < H ?",
+        "from ?",
+        "asan",
+        7,
     ),
     Mutant(
         "block_sync_missing_before_a_read",

@@ -16,7 +16,15 @@ from pathlib import Path
 
 import pytest
 from emulation import build
-from test_mutants import RECURRENCE, RESIDENT, SMALL, VARIANTS, sources
+from test_mutants import (
+    RECURRENCE,
+    RESIDENT,
+    SMALL,
+    SMALL_VARIANT_CLUSTER,
+    VARIANT_CLUSTER,
+    VARIANTS,
+    sources,
+)
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
 
@@ -38,10 +46,12 @@ def program(driver: str, variant: str) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _build_at_once() -> None:
     """All programs in parallel; those that a test cannot build fail there."""
-    wanted = [(d, v) for d in (RECURRENCE, VARIANTS, *SMALL.values()) for v in RUNS]
+    drivers = (RECURRENCE, VARIANTS, SMALL_VARIANT_CLUSTER, *SMALL.values())
+    wanted = [(d, v) for d in drivers for v in RUNS]
+    wanted += [(RESIDENT, "plain"), (VARIANT_CLUSTER, "plain"), (VARIANT_CLUSTER, "asan")]
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(program, *w) for w in wanted if not build.unavailable(w[1])]
-        for job in [*jobs, pool.submit(program, RESIDENT, "plain")]:
+        for job in jobs:
             job.exception()
 
 
@@ -103,3 +113,28 @@ def test_clusters_and_groups(family: str, arithmetic: str) -> None:
     # Seconds for each order; that of a group's threads is small_group's to vary.
     orders = RUNS["plain"][:3] if family == "rec_cluster" else [RANDOM[0]]
     assert_right(RESIDENT, "plain", orders, family, arithmetic)
+
+
+# As test_small_clusters_and_groups and the test above do it, against rec_step.
+@pytest.mark.parametrize(
+    "arithmetic, variant",
+    [
+        (arithmetic, variant)
+        for arithmetic in RESIDENT_ARITHMETICS
+        for variant in RUNS
+        if variant != "tsan" or arithmetic in ("float32", "bfloat16")
+    ],
+)
+def test_small_clusters_of_other_cells(arithmetic: str, variant: str) -> None:
+    if reason := build.unavailable(variant):
+        pytest.skip(reason)
+    parts = 2 if variant == "tsan" else 1
+    assert_right(SMALL_VARIANT_CLUSTER, variant, RUNS[variant], arithmetic, parts=parts)
+
+
+@pytest.mark.parametrize("variant", ["plain", "asan"])
+@pytest.mark.parametrize("arithmetic", RESIDENT_ARITHMETICS)
+def test_clusters_of_other_cells(arithmetic: str, variant: str) -> None:
+    if reason := build.unavailable(variant):
+        pytest.skip(reason)
+    assert_right(VARIANT_CLUSTER, variant, RUNS[variant][:3], arithmetic)

@@ -36,96 +36,12 @@
 // sent has been divided by it again. A NaN stays in its column: scales are a column's own.
 // Nothing is multiplied or sent in the last step, so that nothing is on its way to a block that has
 // left.
+// F::kCell: what cells other than torch.nn.LSTM's have besides is in variant_backward_cells.cuh.
 #pragma once
 
-#include "rec_backward_product.cuh"
+#include "variant_backward_cells.cuh"
 
 namespace lstm_cuda::resident {
-
-struct BackwardParams {
-  RecurrenceBackward problem;  // its lists of weights are in host memory
-  PackedWeights weights;
-  uint32_t* words;    // of the exchange, if that is through global memory
-  unsigned first;     // the launch's first part
-  int64_t time_step;  // elements of [T, B, D, H] from time to time
-  bool aligned;       // inputs of four units at a time are aligned to their size
-};
-
-// A warp's ring of inputs for its quads. A slot has for each turn and quad [4 gates][8 columns][4 units] of
-// gates, then c, then dy: a warp reads 32 consecutive values at a time, in one order or another.
-template <class F, int kSlots>
-class InputRing {
-  using Element = typename F::Element;
-  static constexpr int kCAt = 4 * 32 * sizeof(Element), kDyAt = kCAt + 32 * sizeof(float);
-  static constexpr int kQuadBytes = kDyAt + 32 * sizeof(Element);
-
- public:
-  static constexpr int kSlotBytes =
-      F::kCellWarps * F::kTurns * F::kCells * kQuadBytes;  // of all warps
-
-  // unit: of this lane's first cell.
-  LSTM_DEVICE InputRing(ptx::Shared& shared, const BackwardParams& params, int unit)
-      : bytes_(shared.take<std::byte>(kSlots * kSlotBytes, 16)),
-        params_(params),
-        p_(params.problem),
-        H_(unsigned(p_.shape.H)),
-        first_(unsigned(unit - unit_of_quad())) {}
-
-  // Begins to copy this lane's share of its column: a gate, c or dy of each quad's units. row: in
-  // [T, B, D, H]. To be waited for like cp.async; rows that are not aligned are copied at once.
-  LSTM_DEVICE void fetch(int step, int turn, int64_t row) const {
-    const int share = unit_of_quad(), at = 4 * column_of_quad();
-    LSTM_UNROLL
-    for (int j = 0; j < F::kCells; ++j) {
-      const unsigned unit = first_ + 4 * j;
-      if (unit >= H_) return;
-      std::byte* const to = slot(step, turn, j);
-      copy(reinterpret_cast<Element*>(to) + 32 * share + at,
-           static_cast<const Element*>(p_.gates) + 4 * row + (share * H_ + unit), unit);
-      if (share == 0)
-        copy(reinterpret_cast<float*>(to + kCAt) + at, static_cast<const float*>(p_.c) + row + unit,
-             unit);
-      if (share == 1 && p_.dy)
-        copy(reinterpret_cast<Element*>(to + kDyAt) + at,
-             static_cast<const Element*>(p_.dy) + row + unit, unit);
-    }
-  }
-
-  LSTM_DEVICE float gate(int step, int turn, int j, int k) const {
-    return to_compute(reinterpret_cast<const Element*>(slot(step, turn, j))[32 * k + mine()]);
-  }
-  LSTM_DEVICE float c(int step, int turn, int j) const {
-    return reinterpret_cast<const float*>(slot(step, turn, j) + kCAt)[mine()];
-  }
-  LSTM_DEVICE float dy(int step, int turn, int j) const {
-    return to_compute(reinterpret_cast<const Element*>(slot(step, turn, j) + kDyAt)[mine()]);
-  }
-
- private:
-  static LSTM_DEVICE int mine() { return 4 * column_of_quad() + unit_of_quad(); }
-
-  LSTM_DEVICE std::byte* slot(int step, int turn, int j) const {
-    const int quad = (warp() * F::kTurns + turn) * F::kCells + j;
-    return bytes_ + step % kSlots * kSlotBytes + quad * kQuadBytes;
-  }
-
-  template <class Value>
-  LSTM_DEVICE void copy(Value* to, const Value* from, unsigned unit) const {
-    if (!params_.aligned) {
-      LSTM_NO_UNROLL
-      for (unsigned e = 0; e < 4 && unit + e < H_; ++e) to[e] = from[e];
-    } else if constexpr (sizeof(Value) == 4) {
-      ptx::cp_async16(to, from);
-    } else {
-      ptx::cp_async8(to, from);
-    }
-  }
-
-  std::byte* bytes_;
-  const BackwardParams& params_;
-  const RecurrenceBackward& p_;
-  unsigned H_, first_;
-};
 
 // For cell_backward where tanh(c) stands in the place of c: it is found before dh has come.
 struct TanhKnown {
@@ -136,9 +52,9 @@ struct TanhKnown {
 template <class F, template <class> class ReduceOf>
 struct BackwardShared {
   using Operand = resident::Operand<F, ReduceOf<F>::kOperands>;
-  static constexpr int64_t kOthers = ReduceOf<F>::kSharedBytes + Operand::kSharedBytes +
-                                     RowScales<F>::kValues * sizeof(float) +
-                                     F::shape.warps * F::Weights::kPieces * 16;
+  static constexpr int64_t kOthers =
+      ReduceOf<F>::kSharedBytes + Operand::kSharedBytes + RowScales<F>::kValues * sizeof(float) +
+      VariantCells<F>::kSharedBytes + F::shape.warps * F::Weights::kPieces * 16;
   static constexpr int64_t kSlotBytes = InputRing<F, 2>::kSlotBytes;
   static constexpr int kSlots =
       int(std::min<int64_t>(4, (kResidentSharedBytes - kOthers) / kSlotBytes));
@@ -147,39 +63,14 @@ struct BackwardShared {
   static constexpr int64_t kBytes = kOthers + kSlots * kSlotBytes;
 };
 
-// A thread's cells of one turn, if it has any: units of one batch row, and what goes from step to step.
-template <class F>
-struct CellsOfTurn {
-  bool in_batch;
-  int64_t b;
-  unsigned length;
-  Schedule own;  // of this row
-  // No state crosses into this step; the step processed before left a gradient of its h.
-  static constexpr unsigned kFresh = 1, kCrossed = 2;
-  unsigned flags;
-  float dh[F::kCells], dc[F::kCells], c[F::kCells];
-
-  LSTM_DEVICE void begin(const RecurrenceBackward& p, const Part& part, int column, bool any,
-                         int time) {
-    in_batch = any && column < part.rows;
-    b = part.b(column);
-    length = any ? unsigned(part.length(column)) : 0;
-    own = {length, p.shape.B, part.schedule.reversed, nullptr, p.reset};
-    flags = starts_fresh(time) ? kFresh : 0;
-  }
-  LSTM_DEVICE bool has(int time) const { return unsigned(time) < length; }
-  LSTM_DEVICE uint8_t starts_fresh(int time) const {  // a load that nothing waits for yet
-    const uint8_t* const boundary = has(time) ? own.boundary_before(time, b) : nullptr;
-    return boundary ? *boundary : 0;
-  }
-};
-
 template <class F, template <class> class ReduceOf>
 LSTM_DEVICE void run_backward(const BackwardParams& params) {
   using Element = typename F::Element;
   using Cells = CellsOfTurn<F>;
+  using Known = typename VariantCells<F>::Known;
   using InShared = BackwardShared<F, ReduceOf>;
   constexpr int kSlots = InShared::kSlots;
+  constexpr bool kPlain = F::kCell == CellKind::plain;
   const RecurrenceBackward& p = params.problem;
   const int H = int(p.shape.H);
   const unsigned block = ptx::block_index() % F::shape.blocks;
@@ -203,10 +94,12 @@ LSTM_DEVICE void run_backward(const BackwardParams& params) {
   const typename InShared::Ring ring(shared, params, unit);
   const RowScales<F> scales(
       shared, params.weights.unscale + (part.d * F::shape.blocks + block) * F::shape.hidden);
+  const VariantCells<F> others(shared, params, part, block, unit);
   typename F::Weights weights;
   weights.load(params.weights.fragments,
                first_piece(F::fragments, part.d, int(block), warp(), F::kParts), shared);
   reduce.begin();
+  others.begin();
 
   // Steps go from the last to the first. Time t, the row of [T, B, D, H] and what they change by.
   int t = int(part.schedule.time(steps - 1));
@@ -242,7 +135,9 @@ LSTM_DEVICE void run_backward(const BackwardParams& params) {
       LSTM_UNROLL
       for (int i = 0; i < F::kTurns * F::kCells; ++i) {
         const Cells& cells = all[i / F::kCells];
-        store(cells, part.row(p.shape, time, cells.b) * H, i % F::kCells, zeros);
+        const int64_t at = part.row(p.shape, time, cells.b) * H;
+        store(cells, at, i % F::kCells, zeros);
+        if constexpr (!kPlain) others.store_of_x(cells, at, i % F::kCells, {});
       }
     }
     LSTM_UNROLL
@@ -265,7 +160,7 @@ LSTM_DEVICE void run_backward(const BackwardParams& params) {
 
   // Before dh of this step has come: all that does not need it.
   const auto prepare = [&](int step, int turn, Cell<float>(&gates)[F::kCells],
-                           float (&before)[F::kCells]) {
+                           float (&before)[F::kCells], Known(&known)[F::kCells]) {
     Cells& cells = all[turn];
     LSTM_UNROLL
     for (int j = 0; j < F::kCells; ++j) {
@@ -274,35 +169,43 @@ LSTM_DEVICE void run_backward(const BackwardParams& params) {
                   ring.gate(step, turn, j, 1),
                   ring.gate(step, turn, j, 2),
                   ring.gate(step, turn, j, 3),
-                  DeviceMath<F::arithmetic>::tanh(cells.c[j]),
+                  kPlain ? DeviceMath<F::arithmetic>::tanh(cells.c[j]) : cells.c[j],
                   0};
       cells.c[j] = before[j] = ring.c(step + 1, turn, j);
       if (active && t == cells.own.first(0))
         before[j] = load_either<F::arithmetic>(p.c0, p.wide_c, state_at(cells, j));
       if (cells.flags & Cells::kFresh) before[j] = 0;
-      if (cells.flags & Cells::kCrossed) cells.dh[j] = 0;
+      if (kPlain && cells.flags & Cells::kCrossed) cells.dh[j] = 0;
       if (p.dy && active) cells.dh[j] += ring.dy(step, turn, j);
       if (p.dc && active)
         cells.dc[j] += static_cast<const float*>(p.dc)[row + turn * next_turn + unit + 4 * j];
     }
+    if constexpr (!kPlain) others.prepare(cells, t, row, before, gates, known);
   };
   // dgates of this step, in registers and as operand.
   const auto differentiate = [&](int step, int turn, Cell<float>(&gates)[F::kCells],
-                                 const float (&before)[F::kCells], const float (&sums)[F::kCells],
-                                 Element(&dgates)[F::kCells][4]) {
+                                 const float (&before)[F::kCells], const Known(&known)[F::kCells],
+                                 const float (&sums)[F::kCells], Element(&dgates)[F::kCells][4]) {
     Cells& cells = all[turn];
     const bool fresh = cells.flags & Cells::kFresh;
     uint32_t size = 0;
+    Cell<float> of_others[F::kCells];
+    if constexpr (!kPlain)
+      others.differentiate(cells, step, t, row, sums, before, known, gates, of_others);
     LSTM_UNROLL
     for (int j = 0; j < F::kCells; ++j) {
       const bool active = exists(cells, j) && cells.has(t);
-      if (cells.flags & Cells::kCrossed) cells.dh[j] += sums[j];
-      float dc_step = cells.dc[j];
       Cell<float> d;
-      cell_backward<TanhKnown>(gates[j], before[j], cells.dh[j], dc_step, d);
-      // No state crosses into a fresh step, so no gradient leaves it.
-      cells.dc[j] = active ? (fresh ? 0.f : dc_step) : cells.dc[j];
-      cells.dh[j] = active ? 0.f : cells.dh[j];
+      if constexpr (kPlain) {
+        if (cells.flags & Cells::kCrossed) cells.dh[j] += sums[j];
+        float dc_step = cells.dc[j];
+        cell_backward<TanhKnown>(gates[j], before[j], cells.dh[j], dc_step, d);
+        // No state crosses into a fresh step, so no gradient leaves it.
+        cells.dc[j] = active ? (fresh ? 0.f : dc_step) : cells.dc[j];
+        cells.dh[j] = active ? 0.f : cells.dh[j];
+      } else {
+        d = of_others[j];
+      }
       const float values[4] = {d.i, d.f, d.g, d.o};
       LSTM_UNROLL
       for (int k = 0; k < 4; ++k) {
@@ -325,10 +228,11 @@ LSTM_DEVICE void run_backward(const BackwardParams& params) {
       const uint8_t fresh_next = cells.starts_fresh(t + next);
       Cell<float> gates[F::kCells];
       float before[F::kCells], sums[F::kCells] = {};
-      if (has_cells) prepare(step, turn, gates, before);
+      Known known[F::kCells];
+      if (has_cells) prepare(step, turn, gates, before, known);
       if (step > 0) reduce.receive(step - 1, turn, has_cells, tile, quad, sums);
       Element dgates[F::kCells][4];
-      if (has_cells) differentiate(step, turn, gates, before, sums, dgates);
+      if (has_cells) differentiate(step, turn, gates, before, known, sums, dgates);
       cells.flags = (cells.has(t) && !(cells.flags & Cells::kFresh) ? Cells::kCrossed : 0) |
                     (fresh_next ? Cells::kFresh : 0);
       ptx::block_sync();  // the hazards of the protocol above
@@ -352,6 +256,7 @@ LSTM_DEVICE void run_backward(const BackwardParams& params) {
     if (p.dc0 && exists(cells, j))
       store_either<F::arithmetic>(p.dc0, p.wide_c, state_at(cells, j), cells.dc[j]);
   }
+  if constexpr (!kPlain) others.finish(all[0]);
 }
 
 template <class F, template <class> class ReduceOf>
@@ -387,7 +292,13 @@ Status start_backward(const char* name, BackwardParams params, unsigned first, u
 
 inline BackwardParams backward_params(const RecurrenceBackward& p, const PackedWeights& weights,
                                       void* words) {
-  return {p, weights, static_cast<uint32_t*>(words), 0, p.shape.B * p.shape.D * p.shape.H, false};
+  return {.problem = p,
+          .weights = weights,
+          .words = static_cast<uint32_t*>(words),
+          .first = 0,
+          .time_step = p.shape.B * p.shape.D * p.shape.H,
+          .aligned = false,
+          .variant = p.variant ? *p.variant : Variant{}};
 }
 
 }  // namespace lstm_cuda::resident

@@ -10,10 +10,12 @@
 
 namespace lstm_cuda::resident {
 
-template <Arithmetic arithmetic_, ResidentShape shape_, int tiles_, int turns_>
+template <Arithmetic arithmetic_, ResidentShape shape_, int tiles_, int turns_,
+          CellKind cell = CellKind::plain>
 struct BackwardConfig {
   static constexpr Arithmetic arithmetic = arithmetic_;
   static constexpr ResidentShape shape = shape_;
+  static constexpr CellKind kCell = cell;
   static constexpr BackwardFragments fragments{shape};
   using Element = typename Types<arithmetic>::Element;
   static constexpr int kParts = parts_of(arithmetic);
