@@ -122,6 +122,21 @@ auto by_arithmetic(Arithmetic arithmetic, Start start) {
   }
 }
 
+// The same for kernels that make no products: float32 has one.
+template <class Start>
+auto by_dtype(Dtype dtype, Start start) {
+  switch (dtype) {
+    case Dtype::float64:
+      return start.template operator()<Arithmetic::float64>();
+    case Dtype::float32:
+      return start.template operator()<Arithmetic::float32>();
+    case Dtype::float16:
+      return start.template operator()<Arithmetic::float16>();
+    default:
+      return start.template operator()<Arithmetic::bfloat16>();
+  }
+}
+
 // The Math that cell.h asks for.
 //   float64: the library's.
 //   bfloat16: the tanh of the special function unit, whose relative error of 2^-11 is a quarter of the

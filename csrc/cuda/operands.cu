@@ -248,21 +248,6 @@ finish_dh0_kernel(LSTM_PARAMETER FinishDh0 p) {
   });
 }
 
-// Calls start<arithmetic>() for a dtype; no products are made here, so float32 has one.
-template <class Start>
-Status by_dtype(Dtype dtype, Start start) {
-  switch (dtype) {
-    case Dtype::float64:
-      return start.template operator()<Arithmetic::float64>();
-    case Dtype::float32:
-      return start.template operator()<Arithmetic::float32>();
-    case Dtype::float16:
-      return start.template operator()<Arithmetic::float16>();
-    default:
-      return start.template operator()<Arithmetic::bfloat16>();
-  }
-}
-
 }  // namespace
 
 Status add_biases(const LayerShape& shape, const void* const* b_ih, const void* const* b_hh,

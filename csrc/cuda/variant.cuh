@@ -28,7 +28,15 @@ struct Normed {
 
   LSTM_DEVICE Compute operator()(Compute v) const { return (v - mean) * rstd; }
 
+  static LSTM_DEVICE Normed of_saved(Compute mean_of_row, Compute rstd_of_row) {
+    Normed normed;
+    normed.mean = mean_of_row;
+    normed.rstd = rstd_of_row;
+    return normed;
+  }
+
  private:
+  Normed() = default;
   static LSTM_DEVICE float square_root(float v) { return ::sqrtf(v); }
   static LSTM_DEVICE double square_root(double v) { return ::sqrt(v); }
 };
