@@ -231,10 +231,12 @@ def input_gates(
     """
     if row[0] is None:
         return x
-    gates_x = F.linear(x.to(dtype), row[0].to(dtype))
-    if gain is not None:
-        gates_x = F.layer_norm(gates_x, gates_x.shape[-1:], gain.to(dtype), None, NORM_EPS)
-    return gates_x if len(row) < 4 else gates_x + (row[2].to(dtype) + row[3].to(dtype))
+    bias = None if len(row) < 4 else row[2].to(dtype) + row[3].to(dtype)
+    w_ih = row[0].to(dtype)
+    if gain is None:
+        return F.linear(x.to(dtype), w_ih, bias)
+    gates_x = F.linear(x.to(dtype), w_ih)
+    return F.layer_norm(gates_x, gates_x.shape[-1:], gain.to(dtype), bias, NORM_EPS)
 
 
 def _recurrence(

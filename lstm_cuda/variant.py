@@ -58,13 +58,11 @@ def variant_layer(
             x = reference.without_padding(x, reference.valid_steps(x, lengths))
         # The norm of the input's part is no business of the recurrence.
         with reference.without_autocast(x.device.type):
-            x = torch.cat(
-                [
-                    reference.input_gates(x, row, gains[0], dtype)
-                    for row, gains in zip(weights, layer_norm, strict=True)
-                ],
-                -1,
-            )
+            gates_x = [
+                reference.input_gates(x, row, gains[0], dtype)
+                for row, gains in zip(weights, layer_norm, strict=True)
+            ]
+            x = gates_x[0] if D == 1 else torch.cat(gates_x, -1)
         weights = [[row[1], row[-1]] if len(row) in (3, 5) else [row[1]] for row in weights]
     flat = [w for column in zip(*weights, strict=True) for w in column]
     recorded = torch.is_grad_enabled() and not torch.compiler._is_exporting_flag  # as layer.py
