@@ -22,24 +22,22 @@ pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(buil
 MICRO_KERNELS = "tests/emulation/micro_kernels.cuh"
 RECURRENCE = "tests/emulation/recurrence.cpp"
 VARIANTS = "tests/emulation/variants.cpp"
+VARIANT_FAMILIES = "tests/emulation/variant_families.cpp"
 RESIDENT = "tests/emulation/resident.cpp"
 VARIANT_CLUSTER = "tests/emulation/variant_cluster.cpp"
 SMALL_VARIANT_CLUSTER = "tests/emulation/small_variant_cluster.cpp"
 SMALL = {f: f"tests/emulation/small_{f}.cpp" for f in ("cluster", "group")}
-OF_VARIANTS = [
-    "plan.cpp",
-    "prepare.cu",
-    "rec_step.cu",
-    "step_project.cu",
-    "variant_forward.cu",
-    "variant_backward.cu",
-]
 # What drivers need of csrc/cuda.
+STEP_VARIANTS = [
+    *("plan.cpp", "prepare.cu", "rec_step.cu", "step_project.cu"),
+    *("variant_forward.cu", "variant_backward.cu"),
+]
 KERNELS = {
     RECURRENCE: ["plan.cpp", "prepare.cu", "rec_cta_*.cu", "rec_step.cu", "step_*.cu"],
-    VARIANTS: OF_VARIANTS,
-    VARIANT_CLUSTER: [*OF_VARIANTS, "pack.cu", "variant_cluster_backward.cu"],
-    SMALL_VARIANT_CLUSTER: [*OF_VARIANTS, "pack.cu"],
+    VARIANTS: STEP_VARIANTS,
+    VARIANT_FAMILIES: [*STEP_VARIANTS, "cell_norms.cu", "variant_cta_*.cu"],
+    VARIANT_CLUSTER: [*STEP_VARIANTS, "pack.cu", "variant_cluster_backward.cu"],
+    SMALL_VARIANT_CLUSTER: [*STEP_VARIANTS, "pack.cu"],
     RESIDENT: ["plan.cpp", "pack.cu", "rec_cluster*.cu", "rec_group*.cu"],
     SMALL["cluster"]: ["plan.cpp", "pack.cu"],
     SMALL["group"]: ["plan.cpp", "pack.cu"],
@@ -83,7 +81,17 @@ def of_variant_cluster(name: str, file: str, old: str, new: str, variant: str, c
     )
 
 
+def of_variant_family(
+    family: str, name: str, file: str, old: str, new: str, variant: str, arithmetic: str, case: int,
+) -> Mutant:  # fmt: skip
+    """A mutant of another family for other cells, which a case of variant_families.cpp notices."""
+    arguments = (family, arithmetic, "forward", "0", str(case))
+    name, path = f"variant_{family}_{name}", f"csrc/cuda/{file}"
+    return Mutant(name, path, old, new, variant, VARIANT_FAMILIES, arguments)
+
+
 cta = functools.partial(of_family, "rec_cta")
+variant_cta = functools.partial(of_variant_family, "rec_cta")
 step = functools.partial(of_family, "rec_step")
 
 
@@ -99,6 +107,8 @@ def of_small(
 
 cluster = functools.partial(of_small, "cluster")
 group = functools.partial(of_small, "group")
+# Cases of variant_families.cpp: all options at once, without norm and with it.
+OPTIONS, NORM = 1, 8
 # Cases of small_resident.hpp.
 BUSY, SPLIT, CHUNKS, DIFFERENT_ROWS, NAN, TURNS, CHUNKS_IN_TURNS = 0, 1, 2, 12, 13, 14, 15
 
@@ -471,6 +481,52 @@ MUTANTS = [
         "    // it is read before",
         "tsan",
         "float16",
+    ),
+    # ---- rec_cta, other cells ----
+    variant_cta(
+        "left_over_of_zoneout_kept_over_a_reset",
+        "variant_cta_backward.cuh",
+        "(now.is_fresh(i) ? Compute(0) : left)",
+        "left",
+        "plain",
+        "float32",
+        OPTIONS,
+    ),
+    variant_cta(
+        "sums_of_steps_not_added_up",
+        "variant_cta_backward.cuh",
+        "dw[2 * own_.H] += ",
+        "dw[2 * own_.H] = ",
+        "plain",
+        "float32",
+        OPTIONS,
+    ),
+    variant_cta(
+        "totals_read_too_early",
+        "unit_totals.cuh",
+        "LSTM_DEVICE void wait(int, int) const { ptx::block_sync(); }",
+        "LSTM_DEVICE void wait(int, int) const {}",
+        "tsan",
+        "bfloat16",
+        NORM,
+    ),
+    variant_cta(
+        "totals_overwritten_while_they_are_read",
+        "variant_cta_backward.cuh",
+        "total(1, 4 * own_.H, of_h)",
+        "total(0, 4 * own_.H, of_h)",
+        "tsan",
+        "bfloat16",
+        NORM,
+    ),
+    variant_cta(
+        "units_past_the_last_in_totals",
+        "variant_cta_backward.cuh",
+        "sum[j] = active && i % 2 == j ? ",
+        "sum[j] = i % 2 == j ? ",
+        "plain",
+        "float32",
+        NORM,
     ),
     # ---- rec_cluster ----
     cluster(
