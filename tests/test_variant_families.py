@@ -239,6 +239,7 @@ def test_what_each_family_runs() -> None:
     assert plan(half, 250, "options", device=a100)["kernel"] == "rec_step"
     assert plan(half, 100, "options", device=a100)["kernel"] == "rec_cta"
     assert plan(half, 100, "norm", device=a100)["kernel"] == "rec_step"
+    assert plan(half, 100, "norm", device=a100, backward=True)["kernel"] == "rec_cta"
     assert plan(half, 100, "options", P=30)["kernel"] == "rec_step"
     assert plan(single, 250, "options", True)["kernel"] == "rec_step"
 

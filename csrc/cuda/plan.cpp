@@ -129,7 +129,7 @@ const char* why_not(Family family, const LayerShape& s, Arithmetic arithmetic,
     return "only rec_step has projections of other cells than torch.nn.LSTM's";
   if (s.T > kMostOfCta) return words(family).counts;
   if (family != Family::rec_cta) return why_not_resident(family, s, arithmetic, request, device);
-  if (s.H > widest_cta(arithmetic, request.cell)) return words(family).wide;
+  if (s.H > widest_cta(arithmetic, request.cell, request.backward)) return words(family).wide;
   if (device.shared_bytes < kCtaSharedBytes) return words(family).shared;
   if (ceil_div(s.B, 8) > kMostOfCta / s.D) return words(family).counts;
   return nullptr;

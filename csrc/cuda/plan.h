@@ -67,9 +67,9 @@ constexpr int64_t step_shared_bytes(StepTile tile) {
   return tile == StepTile::small ? 27648 : tile == StepTile::medium ? 55296 : 82944;
 }
 
-// The widest H of rec_cta, so that its weights stay in the registers of one block. With norm, cells take too
-// many of them beside the largest.
-constexpr int widest_cta(Arithmetic arithmetic, CellKind cell) {
+// The widest H of rec_cta, so that its weights stay in the registers of one block. Forward, cells with norm
+// take too many of them beside the largest.
+constexpr int widest_cta(Arithmetic arithmetic, CellKind cell, bool backward) {
   switch (arithmetic) {
     case Arithmetic::float64:
       return 32;
@@ -77,7 +77,7 @@ constexpr int widest_cta(Arithmetic arithmetic, CellKind cell) {
     case Arithmetic::tf32:
       return 64;
     default:
-      return cell == CellKind::norm ? 64 : 128;
+      return cell == CellKind::norm && !backward ? 64 : 128;
   }
 }
 

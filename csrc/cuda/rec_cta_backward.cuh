@@ -375,7 +375,7 @@ Status start_backward(const char* name, const RecurrenceBackward& p, const CudaP
         .kernel = name, .blocks = parts, .threads = K::kThreads, .shared_bytes = K::kSharedBytes};
     return launch<backward_kernel<K>>(shape, params, stream);
   };
-  return launch_planned<cell>(name, p.shape, plan, start);
+  return launch_planned<cell, true>(name, p.shape, plan, start);
 }
 
 }  // namespace lstm_cuda::rec_cta

@@ -80,7 +80,7 @@ Status forward(const char* kernel, const RecurrenceForward& p, const CudaPlan& p
     for (int64_t d = 0; d < p.shape.D; ++d) source.w_hh[d] = p.w_hh[d];
     return resident::start_forward<F, Team>(kernel, p, source, 0, parts, stream);
   };
-  return launch_planned<cell>(kernel, p.shape, plan, start);
+  return launch_planned<cell, false>(kernel, p.shape, plan, start);
 }
 
 }  // namespace lstm_cuda::rec_cta

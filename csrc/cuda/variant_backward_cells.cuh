@@ -47,11 +47,6 @@ class VariantCells<F> {
   static constexpr int kPeepholes = 3, kGainOfC = 7, kShiftOfC = 8, kRows = kNorm ? 9 : kPeepholes;
   static_assert(F::kTurns == 1, "a slot of totals is of a step");
 
-  struct NoTotals {
-    static constexpr std::size_t kSharedBytes = 0;
-    LSTM_DEVICE explicit NoTotals(ptx::Shared&) {}
-    LSTM_DEVICE void begin() const {}
-  };
   using ClusterTotalsOfF =
       ClusterTotals<F::shape.blocks, F::shape.blocks * F::kWarpsOfTile, F::kTiles, 2>;
   using Totals = std::conditional_t<kNorm, ClusterTotalsOfF, NoTotals>;

@@ -26,9 +26,6 @@ class VariantCells {
   static constexpr bool kNorm = K::cell == CellKind::norm;
   // Cells of a round.
   static constexpr int kAtOnce = sizeof(Compute) == 8 || (kNorm && K::kPadded == 128) ? 1 : 2;
-  struct Nothing {
-    LSTM_DEVICE explicit Nothing(ptx::Shared&) {}
-  };
 
  public:
   LSTM_DEVICE VariantCells(ptx::Shared& shared, const LaneCells<K>& own)
@@ -330,7 +327,7 @@ class VariantCells {
   const LaneCells<K>& own_;
   const Variant& v_;
   const CellOptions& options_;
-  const std::conditional_t<kNorm, typename K::Totals, Nothing> totals_;
+  const std::conditional_t<kNorm, typename K::Totals, NoTotals> totals_;
 };
 
 }  // namespace lstm_cuda::rec_cta
