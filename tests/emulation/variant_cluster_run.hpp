@@ -181,7 +181,7 @@ class VariantClusterRunner {
 
     bool same(const Results& other) const {
       const auto bits = [](const Values& a, const Values& b) {
-        return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * 8) == 0;
+        return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
       };
       return bits(dgates, other.dgates) && bits(dgates_x, other.dgates_x) &&
              bits(dmore, other.dmore) && bits(dc0, other.dc0) && bits(dh_kept, other.dh_kept);
