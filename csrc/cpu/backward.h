@@ -3,129 +3,19 @@
 //
 // Steps run against the direction of the recurrence. A step takes dh = dy + dgates[next] w_hh in
 // registers, a tile of batch rows times a panel of hidden units, and goes straight on to the cell's
-// gradients. The dgates of a chunk of steps stay in scratch memory for the products that
-// gradients.h makes of them.
+// gradients; other cells leave the registers (backward_variant.h). The dgates of a chunk of steps
+// stay in scratch memory (chunk_gradients.h) for the products that gradients.h makes of them.
 #pragma once
 
 namespace lstm_cuda::LSTM_CPU_ISA {
-
-// Packed weights of one direction, shared by all workers: products along the 4H gates, and along P
-// for the projection.
-template <class M>
-struct BackwardWeights {
-  using Unit = typename M::Unit;
-  Panels<M> w_ih;        // depth units(4H), columns I
-  Panels<M> w_hh;        // depth units(4H), columns P
-  Panels<M> w_hr;        // depth units(P), columns H
-  bool w_ih_on_the_way;  // used by one chunk alone: packed panel by panel as it is needed
-
-  // Where no step comes after another and nobody wants dh0, nothing is multiplied by w_hh.
-  void reserve(Arena& arena, const LayerBackward& p, bool one_chunk) {
-    const LayerShape& s = p.shape;
-    const auto panels = [&](int64_t depth, int64_t columns, bool keep) {
-      return Panels<M>{arena.take<Unit>(keep ? Panels<M>::size(units<M>(depth), columns) : 0),
-                       units<M>(depth), columns};
-    };
-    w_ih_on_the_way = one_chunk;
-    w_hh = panels(s.T > 1 || p.carry_in || p.dh0 ? 4 * s.H : 0, s.P, true);
-    w_ih = panels(4 * s.H, p.dx && p.w_ih ? s.I : 0, !one_chunk);
-    w_hr = panels(s.P, s.projected ? s.H : 0, true);
-  }
-
-  // Packs panel n of all count() panels of direction d.
-  int64_t count() const {
-    return w_hh.count() + w_hr.count() + (w_ih_on_the_way ? 0 : w_ih.count());
-  }
-  template <class S>
-  void pack(const LayerBackward& p, int64_t d, int64_t n) const {
-    if (n < w_hh.count())
-      return pack_rows(w_hh.panel(n), n, w_hh, static_cast<const S*>(p.w_hh[d]), 4 * p.shape.H);
-    n -= w_hh.count();
-    if (n < w_hr.count())
-      return pack_rows(w_hr.panel(n), n, w_hr, static_cast<const S*>(p.w_hr[d]), p.shape.P);
-    n -= w_hr.count();
-    pack_rows(w_ih.panel(n), n, w_ih, static_cast<const S*>(p.w_ih[d]), 4 * p.shape.H);
-  }
-
-  // Panel n of w_ih: the packed one, or one that is packed into `room` now.
-  template <class S>
-  const Unit* input_panel(const LayerBackward& p, int64_t d, int64_t n, Unit* room) const {
-    if (!w_ih_on_the_way) return w_ih.panel(n);
-    pack_rows(room, n, w_ih, static_cast<const S*>(p.w_ih[d]), 4 * p.shape.H);
-    return room;
-  }
-
- private:
-  template <class S>
-  static void pack_rows(Unit* out, int64_t n, const Panels<M>& panels, const S* w, int64_t depth) {
-    const int64_t columns = panels.columns;
-    pack_panel<M>(out, n, panels.K, columns,
-                  [=](int64_t k) -> const S* { return k < depth ? w + k * columns : nullptr; });
-  }
-};
-
-// What the steps of one chunk leave for the products, of one direction and part: a slot for each
-// step and batch row.
-template <class S, class M>
-struct ChunkGradients {
-  using T = typename M::Compute;
-  using Element = typename M::Element;
-  Element* dgates;    // [steps][rows][4H]
-  Element* dh;        // [steps][rows][stride_dh], with projection
-  Element* m;         // [steps][rows][H], with projection
-  S* h = nullptr;     // [steps][rows][P], h as it met w_hh, with h_scale
-  T* sums = nullptr;  // [steps][rows][sums of VariantRows][H]
-  int64_t d, b0, rows, steps, G, stride_dh, H, P, extra = 0;
-
-  ChunkGradients(const LayerBackward& p, const CpuPlan& plan, int64_t d, int64_t part,
-                 int64_t steps, Arena& arena)
-      : d(d),
-        b0(plan.first_row(part, p.shape.B)),
-        rows(plan.first_row(part + 1, p.shape.B) - b0),
-        steps(steps) {
-    const LayerShape& s = p.shape;
-    G = 4 * s.H;
-    H = s.H;
-    P = s.P;
-    stride_dh = round_up(s.P, M::depth * kLanes<typename M::Compute>);
-    dgates = arena.take<Element>(steps * rows * G);
-    dh = s.projected ? arena.take<Element>(steps * rows * stride_dh) : nullptr;
-    m = s.projected ? arena.take<Element>(steps * rows * H) : nullptr;
-    if (!p.variant || !p.sums_weights()) return;
-    extra = VariantRows<T>::sums(*p.variant) * H;
-    if (extra) sums = arena.take<T>(steps * rows * extra);
-    if (p.variant->h_scale) h = arena.take<S>(steps * rows * P);
-  }
-  // Step `index` in the order of the recurrence and row b of the part.
-  int64_t slot(int64_t index, int64_t b) const { return index % steps * rows + b; }
-  Element* dgates_at(int64_t slot) const { return dgates + slot * G; }
-  Element* dh_at(int64_t slot) const { return dh ? dh + slot * stride_dh : nullptr; }
-  Element* m_at(int64_t slot) const { return m ? m + slot * H : nullptr; }
-  S* h_at(int64_t slot) const { return h ? h + slot * P : nullptr; }
-  T* sums_at(int64_t slot) const { return sums ? sums + slot * extra : nullptr; }
-};
 
 template <class S, class M>
 class BackwardJob {
   using T = typename M::Compute;
   using Unit = typename M::Unit;
   using Element = typename M::Element;
+  using Row = BackwardRow<S, M>;
   static constexpr int lanes = kLanes<T>;
-
-  struct Row {
-    const Unit* carry;  // dgates of the step after
-    const T *gates, *c, *c_prev;
-    const S *dy, *dh_n;            // null: zero
-    const T *dc_out, *dgates_out;  // null: zero
-    const T* dc_next;              // gradient of c from the step after
-    T* dc;
-    Element *dgates, *dh, *m;
-    int64_t b, at;     // other cells: of the part, and of [T, B, D]
-    const T* dh_next;  // what zoneout brings to h from the step after
-    S* h_scaled;       // for dw_hh; or null
-    const S* h_prev;   // null: zeros
-    T* sums;
-  };
 
  public:
   // What each worker makes for itself on the way: the same for all that run a job in step.
@@ -147,20 +37,12 @@ class BackwardJob {
         rows_(chunk.rows),
         G_(4 * s_.H),
         padded_(round_up(s_.H, lanes)),
-        schedule_(schedule_of(s_, d_, p.lengths, p.reset)) {
+        schedule_(schedule_of(s_, d_, p.lengths, p.reset)),
+        variant_(p, d_, b0_, rows_, arena) {
     carried_ = arena.take<Element>(rows_ * G_);
     dc_ = arena.take<T>(rows_ * padded_);
     c0_ = p.c0 ? arena.take<T>(rows_ * s_.H) : nullptr;
     zeros_ = arena.take<T>(std::max(G_, padded_));
-    if (!p.variant) return;
-    const Variant& v = *p.variant;
-    dm_ = arena.take<T>(rows_ * padded_);
-    if (v.cell.zoneout_h > 0) {
-      keep_h_ = arena.take<T>(rows_ * width());
-      dh_ = arena.take<T>(rows_ * width());
-    }
-    if (v.cell.zoneout_c > 0) keep_c_ = arena.take<T>(rows_ * width());
-    if (v.norm) room_ = arena.take<T>(rows_ * 8 * padded_);
   }
 
   Walk walk(Arena& arena) const {
@@ -176,7 +58,7 @@ class BackwardJob {
 
   void start() const {
     std::memset(static_cast<void*>(zeros_), 0, sizeof(T) * std::max(G_, padded_));
-    if (dh_) std::memset(static_cast<void*>(dh_), 0, sizeof(T) * rows_ * width());
+    variant_.start();
     for (int64_t b = 0; b < rows_; ++b) {
       const int64_t at = d_ * s_.B + b0_ + b;
       for (int64_t j = 0; j < padded_; j += lanes) {
@@ -204,7 +86,7 @@ class BackwardJob {
                   cells = any.s_.projected ? any.w_.w_hr.count() : outputs;
     for (int64_t index = last - 1; index >= first; --index) {
       for (int64_t k = 0; k < count; ++k) jobs[k].plan_step(walks[k], index);
-      if (any.keep_h_ || any.keep_c_) {
+      if (any.variant_.chooses()) {
         worker.each(count * any.rows_, [&](int64_t item) {
           jobs[item / any.rows_].choose(walks[item / any.rows_], index, item % any.rows_);
         });
@@ -219,7 +101,7 @@ class BackwardJob {
       });
       if (any.p_.variant) {
         worker.each(count * any.rows_, [&](int64_t item) {
-          jobs[item / any.rows_].variant_row(walks[item / any.rows_], item % any.rows_);
+          jobs[item / any.rows_].finish_row(walks[item / any.rows_], item % any.rows_);
         });
       }
     }
@@ -248,11 +130,13 @@ class BackwardJob {
         for (int r = 0; r < R; ++r) {
           const int64_t b = first + r;
           const bool unused = schedule_.length(b0_ + b) == 0;  // h_n is h_0
+          const T* const scale = variant_.h_scale(b);
+          const T* const dh_next = walk.fresh[b] ? nullptr : variant_.dh_next(b);
           for (int v = 0; v < N; ++v) {
             const int64_t j = n * w_.w_hh.width + v * lanes, at = (base + b) * s_.P + j;
             const int left = lanes_left(j, s_.P, lanes);
-            if (h_scale(b)) acc[r][v] *= load<T>(h_scale(b) + j, left);
-            if (dh_ && !walk.fresh[b]) acc[r][v] += load<T>(dh_ + b * width() + j);
+            if (scale) acc[r][v] *= load<T>(scale + j, left);
+            if (dh_next) acc[r][v] += load<T>(dh_next + j);
             if (unused && p_.dh_n) {
               if (!p_.carry_in) acc[r][v] = Vec<T>{};
               acc[r][v] += load<T>(static_cast<const S*>(p_.dh_n) + at, left);
@@ -329,7 +213,7 @@ class BackwardJob {
       if (p_.variant) {
         row.b = b;
         row.at = at;
-        row.dh_next = !dh_ || walk.fresh[b] ? nullptr : dh_ + b * width();
+        row.dh_next = walk.fresh[b] ? nullptr : variant_.dh_next(b);
         row.sums = chunk_.sums_at(slot);
         row.h_scaled = chunk_.h_at(slot);
         row.h_prev = nullptr;
@@ -344,63 +228,8 @@ class BackwardJob {
     }
   }
 
-  // The part of dh that comes from outside the recurrence.
-  LSTM_INLINE Vec<T> outer_gradient(const Row& row, int64_t j, int left) const {
-    Vec<T> dh{};
-    if (row.dy) dh = load<T>(row.dy + j, left);
-    if (row.dh_n) dh += load<T>(row.dh_n + j, left);
-    return dh;
-  }
-
-  // Of row b of the part, or null.
-  const T* h_scale(int64_t b) const { return VariantRows<T>::h_scale(s_, p_.variant, d_, b0_ + b); }
-  int64_t width() const { return round_up(std::max(s_.P, s_.H), kChoices); }
-
   void choose(const Walk& walk, int64_t index, int64_t q) const {
-    if (q >= walk.rows) return;
-    const VariantRows<T> rows(s_, *p_.variant, d_);
-    const int64_t b = walk.row[q].b, t = schedule_.time(index) + p_.variant->first_step;
-    if (keep_h_) rows.choose(Choice::h, t, b0_ + b, s_.P, keep_h_ + b * width());
-    if (keep_c_) rows.choose(Choice::c, t, b0_ + b, s_.H, keep_c_ + b * width());
-  }
-
-  // All of dh of another cell, from what w_hh brings; what is for the h before zoneout comes out.
-  LSTM_INLINE Vec<T> variant_output(const Row& row, int64_t j, Vec<T> dh) const {
-    const int left = lanes_left(j, s_.P, lanes);
-    const T* const scale = h_scale(row.b);
-    if (scale) dh *= load<T>(scale + j, left);
-    if (row.dh_next) dh += load<T>(row.dh_next + j);
-    dh += outer_gradient(row, j, left);
-    if (!dh_) return dh;
-    const Vec<T> keep = load<T>(keep_h_ + row.b * width() + j);
-    store<T>(dh_ + row.b * width() + j, keep * dh);
-    return (1 - keep) * dh;
-  }
-
-  void variant_row(const Walk& walk, int64_t q) const {
-    if (q >= walk.rows) return;
-    const Row& row = walk.row[q];
-    const Variant& v = *p_.variant;
-    const VariantRows<T> rows(s_, v, d_);
-    const int64_t H = s_.H;
-    rows.backward({row.gates, row.c_prev, dm_ + row.b * padded_, row.dc_next, row.dc_out,
-                   keep_c_ ? keep_c_ + row.b * width() : nullptr, row.dc,
-                   v.norm ? static_cast<const T*>(v.normed) + row.at * G_ : nullptr,
-                   v.norm ? static_cast<const T*>(v.rstd) + row.at : nullptr, row.sums,
-                   p_.dx && !p_.w_ih ? static_cast<T*>(p_.dx) + row.at * G_ : nullptr,
-                   v.norm ? room_ + row.b * 8 * padded_ : nullptr},
-                  [&](int64_t j, const Cell<Vec<T>>& d, const Vec<T>& m, int left) {
-                    store<T>(row.dgates + j, d.i, left);
-                    store<T>(row.dgates + H + j, d.f, left);
-                    store<T>(row.dgates + 2 * H + j, d.g, left);
-                    store<T>(row.dgates + 3 * H + j, d.o, left);
-                    if (row.m) store<T>(row.m + j, m, left);
-                  });
-    for (int64_t j = 0; row.h_scaled && j < s_.P; j += lanes) {
-      const int left = lanes_left(j, s_.P, lanes);
-      const Vec<T> h = row.h_prev ? load<T>(row.h_prev + j, left) : Vec<T>{};
-      store<T>(row.h_scaled + j, h * load<T>(h_scale(row.b) + j, left), left);
-    }
+    if (q < walk.rows) variant_.choose(walk.row[q], schedule_.time(index));
   }
 
   // With projection: dh, panel n of it, kept for dw_hr.
@@ -409,7 +238,7 @@ class BackwardJob {
       return multiply(
           walk, w_.w_hh, n, false, [](const Row& row) { return row.carry; },
           [this](const Row& row, int64_t j, const Vec<T>& dh) {
-            store<T>(row.dh + j, variant_output(row, j, dh));
+            store<T>(row.dh + j, variant_.output(row, j, dh));
           });
     }
     multiply(
@@ -421,7 +250,7 @@ class BackwardJob {
   void step(const Walk& walk, int64_t n) const {
     if (p_.variant) {
       const auto keep = [this](const Row& row, int64_t j, const Vec<T>& dm) {
-        store<T>(dm_ + row.b * padded_ + j, s_.projected ? dm : variant_output(row, j, dm));
+        store<T>(variant_.dm(row.b) + j, s_.projected ? dm : variant_.output(row, j, dm));
       };
       if (s_.projected) {
         return multiply(
@@ -457,7 +286,7 @@ class BackwardJob {
           for (int v = 0; v < N; ++v) {
             const int64_t j = n * panels.width + v * lanes;
             acc[r][v] =
-                outer ? outer_gradient(row[r], j, lanes_left(j, panels.columns, lanes)) : Vec<T>{};
+                outer ? row[r].outer_gradient(j, lanes_left(j, panels.columns, lanes)) : Vec<T>{};
           }
         }
         accumulate<M, R, N>(acc, a, panels.panel(n), panels.K);
@@ -489,11 +318,13 @@ class BackwardJob {
       d.o += slope.o * load<T>(row.dgates_out + 3 * H + j, left);
     }
     store<T>(row.dc + j, dc);
-    store<T>(row.dgates + j, d.i, left);
-    store<T>(row.dgates + H + j, d.f, left);
-    store<T>(row.dgates + 2 * H + j, d.g, left);
-    store<T>(row.dgates + 3 * H + j, d.o, left);
+    row.store_dgates(H, j, d, left);
     if (row.m) store<T>(row.m + j, cell.m, left);
+  }
+
+  // The rest of a step for its active row q, of another cell.
+  void finish_row(const Walk& walk, int64_t q) const {
+    if (q < walk.rows) variant_.finish(walk.row[q]);
   }
 
   const LayerBackward& p_;
@@ -506,11 +337,7 @@ class BackwardJob {
   T* dc_;             // [rows][padded]
   T* c0_;             // [rows][H] in the compute type
   T* zeros_;          // dgates or c of no step
-  // Of other cells:
-  T* dm_ = nullptr;  // [rows][padded]
-  T* dh_ = nullptr;  // [rows][width], what zoneout passes on to the h before
-  T *keep_h_ = nullptr, *keep_c_ = nullptr;  // [rows][width]
-  T* room_ = nullptr;                        // [rows][8][padded], with norm
+  const BackwardVariant<S, M> variant_;
 };
 
 }  // namespace lstm_cuda::LSTM_CPU_ISA
