@@ -15,6 +15,7 @@ from .masks import Masks, draw
 from .packed import PackedWeights
 from .reference import PLAIN, Cell, check_probability
 from .segments import check_segments, segmented_layer
+from .shapes import compute_dtype
 from .stack import run_stack, wavefront_chunks
 from .variant import variant_layer
 from .variant_segments import segmented_variant_layer
@@ -135,7 +136,7 @@ def fused_lstm(
     if dtype is not None:
         x = _cast(x, dtype)
         if wide_c:
-            c_dtype = ops.compute_dtype(x.dtype)
+            c_dtype = compute_dtype(x.dtype)
         hx = None if hx is None else (_cast(hx[0], dtype), _cast(hx[1], c_dtype or dtype))
         weights = [[_cast(w, dtype) for w in row] for row in weights]
         if peephole is not None:
@@ -209,7 +210,7 @@ def fused_lstm(
         if fused and extras:
             masks = Masks()
             if training:
-                rows, masks = draw(cell, rows, x.shape[1], ops.compute_dtype(x.dtype))
+                rows, masks = draw(cell, rows, x.shape[1], compute_dtype(x.dtype))
             given = x, rows, h, c, lengths, reset, reversed, cell, *own(k), masks, wanted
             if in_segments:
                 return segmented_variant_layer(*given, checkpoint, truncate)

@@ -1,4 +1,4 @@
-"""The registered ops: loading, typed wrappers, and the shapes they give (fake implementations)."""
+"""The compiled part: its loading, the plans that it makes, and the registered ops of a layer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import shapes
 
 _HOW_TO_BUILD = "build it with `pip install --no-build-isolation -v .` in a checkout"
 
@@ -269,8 +271,8 @@ def layer_forward(
         bias: none, or 2D tensors [4H]: ``b_ih`` of each recurrence, then ``b_hh`` of each.
         w_hr: none (then P = H), or D tensors [P, H].
         h0: [D, B, P] or None for zeros.
-        c0: [D, B, H] or None for zeros; in x's dtype or in ``compute_dtype``, so that a sequence
-            in chunks of time loses nothing between them.
+        c0: [D, B, H] or None for zeros; in x's dtype or in ``shapes.compute_dtype``, so that a
+            sequence in chunks of time loses nothing between them.
         lengths: [B] int64 on x's device, or None.
         reset: [T, B] bool, or None.
         reversed: bit d set: recurrence d runs backwards in time.
@@ -285,8 +287,8 @@ def layer_forward(
     Returns:
         y [T, B, D*P] contiguous and h_n [D, B, P] in x's dtype; c_n [D, B, H] in c0's, or x's
         without c0; gates [T, B, D, 4H] (activated i, f, g, o; [0] unless ``save``) in
-        ``saved_gates_dtype``; c [T, B, D, H] ([0] unless ``save`` or ``cells``) in
-        ``compute_dtype``.
+        ``shapes.saved_gates_dtype``; c [T, B, D, H] ([0] unless ``save`` or ``cells``) in
+        ``shapes.compute_dtype``.
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = outside_autocast(
         _forward, x.device.type,
@@ -348,68 +350,6 @@ def takes_dgates(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def in_pieces(x: Tensor) -> bool:
-    """Whether ``piece_backward`` is there for x's device."""
-    return x.device.type == "cpu"
-
-
-def piece_backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc: Tensor | None,
-    x: Tensor,
-    w_ih: Sequence[Tensor],
-    w_hh: Sequence[Tensor],
-    w_hr: Sequence[Tensor],
-    h0: Tensor,
-    c0: Tensor,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reversed: int,
-    y: Tensor,
-    gates: Tensor,
-    c: Tensor,
-    need_dx: bool,
-    need_dw: bool,
-    before: int,
-    after: int,
-    carry: Tensor | None,
-    sums: Tensor,
-) -> tuple[Tensor, ...]:
-    """``layer_backward`` on CPUs for a piece of a sequence, the last piece first.
-
-    What the pieces give, together, is to the bit what a call for all steps gives.
-
-    Args:
-        dy ... need_dw: as for ``layer_backward``, c0 and so dc_n in ``compute_dtype``; dh_n for
-            rows whose last step or only state is here, zeros for all others.
-        before, after: as for ``layer_forward``.
-        carry: what the last call returned; None for the first.
-        sums: from ``piece_sums``, written by each call and read by the next.
-
-    Returns:
-        As ``layer_backward`` and carry [D, B, 4H], what crosses to the steps before, all in
-        ``compute_dtype``. Unless ``before`` is 0, dh0 and the gradients of the weights, those of
-        all pieces, are [0]; if it is, carry.
-    """
-    result: tuple[Tensor, ...] = _piece_backward(
-        dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr or None, h0, c0, lengths, reset, reversed, y,
-        gates, c, need_dx, need_dw, before, after, carry, sums,
-    )  # fmt: skip
-    return result
-
-
-def piece_sums(
-    x: Tensor, w_ih: Sequence[Tensor], w_hh: Sequence[Tensor], w_hr: Sequence[Tensor]
-) -> Tensor:
-    """Room for the ``sums`` of ``piece_backward``, x being that of the whole sequence."""
-    T, B, D, H, P = _sizes(x, w_hh)
-    parts: Any = plan_cpu(T, B, D, x.shape[2], H, P, x.dtype, True)["parts"]
-    weights = sum(w.numel() for w in (*w_ih, *w_hh, *w_hr)) + 4 * H * D
-    return x.new_empty(2 * parts * weights, dtype=compute_dtype(x.dtype))
-
-
 def outside_autocast(op: Any, device_type: str, *arguments: Any) -> Any:
     """Call an op whose own products autocast must leave alone: dtypes are settled before it."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -418,95 +358,11 @@ def outside_autocast(op: Any, device_type: str, *arguments: Any) -> Any:
         return op(*arguments)
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of accumulation and of the cell state."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def saved_gates_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which the gates are kept for backward.
-
-    On CUDA they take the place of their pre-activations, the result of a product in x's dtype.
-    """
-    return x.dtype if x.device.type == "cuda" else compute_dtype(x.dtype)
-
-
-def _sizes(x: Tensor, w_hh: Sequence[Tensor]) -> tuple[int, int, int, int, int]:
-    T, B, _ = x.shape
-    return T, B, len(w_hh), w_hh[0].shape[0] // 4, w_hh[0].shape[1]
-
-
-def layer_forward_fake(
-    x: Tensor,
-    w_ih: Sequence[Tensor] | None,
-    w_hh: Sequence[Tensor],
-    bias: Sequence[Tensor] | None,
-    w_hr: Sequence[Tensor] | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reversed: int,
-    save: bool,
-    cells: bool,
-    allow_tf32: bool,
-    packed: Tensor | None = None,
-    packed_layout: int = 0,
-    before: int = 0,
-    after: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    T, B, D, H, P = _sizes(x, w_hh)
-    w = w_hh[0]  # x can be in another dtype (variant_ops.py)
-    return (
-        w.new_empty(T, B, D * P),
-        w.new_empty(D, B, P),
-        w.new_empty(D, B, H, dtype=w.dtype if c0 is None else c0.dtype),
-        w.new_empty((T, B, D, 4 * H) if save else 0, dtype=saved_gates_dtype(w)),
-        w.new_empty((T, B, D, H) if save or cells else 0, dtype=compute_dtype(w.dtype)),
-    )
-
-
-def layer_backward_fake(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc: Tensor | None,
-    x: Tensor,
-    w_ih: Sequence[Tensor] | None,
-    w_hh: Sequence[Tensor],
-    w_hr: Sequence[Tensor] | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reversed: int,
-    y: Tensor,
-    gates: Tensor,
-    c: Tensor,
-    need_dx: bool,
-    need_dw: bool,
-    allow_tf32: bool,
-    dgates: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, B, D, H, P = _sizes(x, w_hh)
-    w = w_hh[0]
-    return (
-        x.new_empty(x.shape if need_dx else 0),
-        w.new_empty((D, B, P) if h0 is not None else 0),
-        w.new_empty(0) if c0 is None else c0.new_empty(D, B, H),
-        w.new_empty((D, *w_ih[0].shape) if need_dw and w_ih else 0),
-        w.new_empty((D, 4 * H, P) if need_dw else 0),
-        w.new_empty((D, 4 * H) if need_dw and w_ih else 0),
-        w.new_empty((D, P, H) if need_dw and w_hr else 0),
-    )
-
-
 if load_error is None:
     _force_kernel("LSTM_CUDA_KERNEL", os.environ.get("LSTM_CUDA_KERNEL", ""))
     # Looked up once: the three lookups by name cost as much as a check of all arguments.
     _forward = torch.ops.lstm_cuda.layer_forward.default
     _backward = torch.ops.lstm_cuda.layer_backward.default
-    _piece_backward = torch.ops.lstm_cuda.piece_backward.default
     _pack = torch.ops.lstm_cuda.pack_weights.default
-    torch.library.register_fake("lstm_cuda::layer_forward", layer_forward_fake)
-    torch.library.register_fake("lstm_cuda::layer_backward", layer_backward_fake)
+    torch.library.register_fake("lstm_cuda::layer_forward", shapes.layer_forward_fake)
+    torch.library.register_fake("lstm_cuda::layer_backward", shapes.layer_backward_fake)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import ops
 from .products import add, outer_products, product
 from .recurrence import adjoints, tangents
 from .recurrence_steps import after, before, entering, slopes
 from .reference import without_autocast
+from .shapes import compute_dtype
 
 Maybe = Tensor | None
 
@@ -45,7 +45,7 @@ class Run:
         gates: Tensor,
         c: Tensor,
     ) -> None:
-        self._dtype, self._compute = x.dtype, ops.compute_dtype(x.dtype)
+        self._dtype, self._compute = x.dtype, compute_dtype(x.dtype)
         self._c_dtype = x.dtype if c0 is None else c0.dtype
         self._y, self._gates, self._h0, self._c0 = y, gates, h0, c0
         with without_autocast(x.device.type):

@@ -8,12 +8,12 @@ graph has no loop to unroll and holds for any length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import ops, piece_ops, reference, shapes
+from .cuts import Cuts, Segment
 
 _library = torch.library.Library("lstm_cuda", "FRAGMENT")
 _library.define(
@@ -28,72 +28,6 @@ _library.define(
     "int steps, int truncate, bool need_dx, bool need_dw, bool allow_tf32) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-
-
-class Segment(NamedTuple):
-    """Steps start to end, number n of the sequence, and what belongs to them.
-
-    ``entry`` is the step that the boundary by which the recurrence comes in stands before; 0 or T
-    where it starts from h0 and c0. ``before`` and ``after`` count the other steps in its order.
-    """
-
-    n: int
-    start: int
-    end: int
-    entry: int
-    before: int
-    after: int
-    x: Tensor
-    lengths: Tensor | None
-    reset: Tensor | None
-
-
-class Cuts:
-    """A sequence cut before every ``steps``-th step of time, for recurrences of one direction.
-
-    Args:
-        x, lengths, reset: as for ``reference.lstm_layer``.
-        backwards: they run from the last step to the first.
-        steps: of a segment.
-    """
-
-    def __init__(
-        self, x: Tensor, lengths: Tensor | None, reset: Tensor | None, backwards: bool, steps: int
-    ) -> None:
-        self.x, self.lengths, self.reset = x, lengths, reset
-        self.backwards, self.steps = backwards, steps
-
-    def segments(self) -> list[Segment]:
-        """All segments, in the order of the recurrence."""
-        T = self.x.shape[0]
-        found = []
-        for n, start in enumerate(range(0, T, self.steps)):
-            end = min(start + self.steps, T)
-            entry, others = (end, (T - end, start)) if self.backwards else (start, (start, T - end))
-            found.append(
-                Segment(
-                    n, start, end, entry, *others, self.x[start:end],
-                    None if self.lengths is None else (self.lengths - start).clamp(0, end - start),
-                    None if self.reset is None else self.reset[start:end],
-                )
-            )  # fmt: skip
-        return found[::-1] if self.backwards else found
-
-    def closed(self, entry: int, truncate: int = 0) -> Tensor | None:
-        """[B], the rows in which nothing crosses the boundary before step ``entry``; None: in none.
-
-        A row that ends before it has no state to hold back there: h0 and h_n pass.
-        """
-        T, B, _ = self.x.shape
-        if not 0 < entry < T:
-            return None
-        if truncate > 0 and entry % truncate == 0:
-            rows = self.x.new_ones(B, dtype=torch.bool)
-        elif self.reset is not None:
-            rows = self.reset[entry]
-        else:
-            return None
-        return rows if self.lengths is None else rows & (self.lengths > entry)
 
 
 class _Direction(Cuts):
@@ -123,7 +57,7 @@ class _Direction(Cuts):
     def first(self, h0: Tensor | None, c0: Tensor | None) -> tuple[Tensor, Tensor]:
         """h [1, B, P] and c [1, B, H], in the compute dtype, that the recurrence starts from."""
         B, (G, P) = self.x.shape[1], self.w_hh[0].shape
-        own, compute = slice(self.d, self.d + 1), ops.compute_dtype(self.x.dtype)
+        own, compute = slice(self.d, self.d + 1), shapes.compute_dtype(self.x.dtype)
         return (
             self.x.new_zeros(1, B, P) if h0 is None else h0[own],
             self.x.new_zeros(1, B, G // 4, dtype=compute) if c0 is None else c0[own].to(compute),
@@ -173,7 +107,7 @@ class _Direction(Cuts):
     ) -> tuple[Tensor, ...]:
         """dx, what crosses into the steps before, dc0, parts of the weights' gradients.
 
-        The second is dh0 or, where ``ops.piece_backward`` is and steps come before, its carry.
+        The second is dh0 or, from ``piece_ops.piece_backward`` where steps come before, its carry.
 
         Args:
             dy, dc: of the segment.
@@ -183,15 +117,15 @@ class _Direction(Cuts):
             h, c: what the segment starts from.
             saved: its y, gates and c.
         """
-        if not ops.in_pieces(self.x):
+        if not piece_ops.in_pieces(self.x):
             return ops.layer_backward(
                 dy, dh_n if s.after == 0 else across, dc_n, dc, s.x, self.w_ih, self.w_hh,
                 self.w_hr, h, c, s.lengths, s.reset, int(self.backwards), *saved, need_dx, need_dw,
                 self.allow_tf32,
             )  # fmt: skip
         if self._sums is None:
-            self._sums = ops.piece_sums(self.x, self.w_ih, self.w_hh, self.w_hr)
-        dx, dh0, dc0, *dw, carry = ops.piece_backward(
+            self._sums = piece_ops.piece_sums(self.x, self.w_ih, self.w_hh, self.w_hr)
+        dx, dh0, dc0, *dw, carry = piece_ops.piece_backward(
             dy, self.ending(s, dh_n), dc_n, dc, s.x, self.w_ih, self.w_hh, self.w_hr, h, c,
             s.lengths, s.reset, int(self.backwards), *saved, need_dx, need_dw, s.before, s.after,
             across, self._sums,
@@ -227,10 +161,10 @@ def _empty_forward(
     allow_tf32: bool,
 ) -> tuple[Tensor, ...]:
     """The results of ``_forward``, not filled in."""
-    y, h_n, c_n, _, c = ops.layer_forward_fake(
+    y, h_n, c_n, _, c = shapes.layer_forward_fake(
         x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, False, cells, allow_tf32
     )
-    T, B, D, H, P = ops._sizes(x, w_hh)
+    T, B, D, H, P = shapes.sizes(x, w_hh)
     N = (T + steps - 1) // steps
     return y, h_n, c_n, c, x.new_empty(N, D, B, P), c.new_empty(N, D, B, H)
 
@@ -265,7 +199,7 @@ def _forward(
         x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, steps, cells, allow_tf32
     )
     y, h_n, c_n, c, h_starts, c_starts = results
-    T, B, D, *_ = ops._sizes(x, w_hh)
+    T, B, D, *_ = shapes.sizes(x, w_hh)
     if lengths is not None and lengths.device.type == "cpu" and B > 0:
         low, high = (int(n) for n in lengths.aminmax())
         if low < 0 or high > T:  # the op, which would say so, sees none but clamped ones
@@ -310,12 +244,12 @@ def _empty_backward(
     allow_tf32: bool,
 ) -> tuple[Tensor, ...]:
     """The results of ``_backward``, not filled in."""
-    dx, _, _, *dw = ops.layer_backward_fake(
+    dx, _, _, *dw = shapes.layer_backward_fake(
         dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, None, None, lengths, reset, reversed, x, x, x,
         need_dx, need_dw, allow_tf32,
     )  # fmt: skip
-    _, B, D, H, P = ops._sizes(x, w_hh)
-    dc0 = x.new_empty(D, B, H, dtype=ops.compute_dtype(x.dtype))
+    _, B, D, H, P = shapes.sizes(x, w_hh)
+    dc0 = x.new_empty(D, B, H, dtype=shapes.compute_dtype(x.dtype))
     return dx, x.new_empty(D, B, P), dc0, *dw
 
 
@@ -364,7 +298,7 @@ def _backward(
         recompute, steps, truncate, need_dx, need_dw, allow_tf32,
     )  # fmt: skip
     dx, dh0, dc0, *dw = results
-    D, compute = len(w_hh), ops.compute_dtype(x.dtype)
+    D, compute = len(w_hh), shapes.compute_dtype(x.dtype)
     dx_sum = torch.empty_like(dx, dtype=compute) if D > 1 else dx
     dw_sums = [torch.zeros_like(t, dtype=compute) for t in dw]
     for d in range(D):

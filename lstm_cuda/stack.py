@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .layer import tf32_allowed
+from .shapes import compute_dtype
 
 # Its number, x, weights of D recurrences, h0, c0, lengths, reset -> y, h_n, c_n, cells.
 Layer = Callable[
@@ -146,7 +147,7 @@ def _wavefront(
 
 def _wide_state(x: Tensor, row: Sequence[Tensor], c: Tensor | None) -> Tensor | None:
     """c0 of one recurrence, such that c_n has the dtype of accumulation: in that dtype itself."""
-    compute = ops.compute_dtype(x.dtype)
+    compute = compute_dtype(x.dtype)
     if c is not None or compute == x.dtype:
         return None if c is None else c.to(compute)
     return x.new_zeros(1, x.shape[1], row[1].shape[0] // 4, dtype=compute)
@@ -157,7 +158,7 @@ def _shares(w: Tensor, chunks: int) -> Sequence[Tensor]:
 
     autograd alone would add them one by one, and round each sum.
     """
-    if w.requires_grad and torch.is_grad_enabled() and ops.compute_dtype(w.dtype) != w.dtype:
+    if w.requires_grad and torch.is_grad_enabled() and compute_dtype(w.dtype) != w.dtype:
         return w.expand(chunks, *w.shape).unbind()
     return [w] * chunks
 

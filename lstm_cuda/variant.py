@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference, variant_ops
+from . import reference, variant_ops
 from .differentiation import pulled_back
 from .layer import by_kind, flat_gradients, is_transformed, requires_grad, tf32_allowed
 from .masks import Masks
 from .reference import Cell
+from .shapes import compute_dtype
 
 
 def variant_layer(
@@ -42,7 +43,7 @@ def variant_layer(
         As ``reference.lstm_layer``; the last is meaningless unless ``cells``.
     """
     D = len(weights)
-    dtype = ops.compute_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
     allow_tf32 = tf32_allowed(x.device.type, x.dtype)
     if is_transformed(x, parameters(weights, peephole, layer_norm), h0, c0):
         return reference.lstm_layer(

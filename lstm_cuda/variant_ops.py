@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, shapes
 from .masks import Masks
 from .reference import ACTIVATIONS, Cell
 
@@ -50,7 +50,7 @@ def variant_forward(
     """``ops.layer_forward`` for another cell; the meaning is ``reference.lstm_layer``'s.
 
     Args:
-        x: as there; without w_ih, gates_x [T, B, D*4H] in ``ops.compute_dtype``.
+        x: as there; without w_ih, gates_x [T, B, D*4H] in ``shapes.compute_dtype``.
         w_ih: D tensors [4H, I], or none; without them there is no bias either.
         w_hh ... allow_tf32: as there.
         cell: its options, but for ``weight_dropout``.
@@ -58,7 +58,7 @@ def variant_forward(
         norm: [D, 6, H] or None: gains of w_hh h in blocks i, f, g, o, gain of c, shift of c. Needs
             a call without w_ih.
         masks: h_scale and, where zoneout's choices are drawn, their seed.
-            This and the two before are in ``ops.compute_dtype``.
+            This and the two before are in ``shapes.compute_dtype``.
 
     Returns:
         As there, then normed [T, B, D, 4H] and rstd [T, B, D], both [0] unless ``norm`` and
@@ -142,10 +142,10 @@ def _forward_fake(
     seed: Tensor | None,
     first_step: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    result = ops.layer_forward_fake(
+    result = shapes.layer_forward_fake(
         x, w_ih, w_hh, bias, w_hr, h0, c0, lengths, reset, reversed, save, cells, False
     )
-    gates, dtype = result[3], ops.compute_dtype(w_hh[0].dtype)
+    gates, dtype = result[3], shapes.compute_dtype(w_hh[0].dtype)
     kept = save and norm is not None
     return (
         *result,
@@ -189,7 +189,7 @@ def _backward_fake(
     normed: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, ...]:
-    result = ops.layer_backward_fake(
+    result = shapes.layer_backward_fake(
         dy, dh_n, dc_n, dc, x, w_ih, w_hh, w_hr, h0, c0, lengths, reset, reversed, y, gates, c,
         need_dx, need_dw, False,
     )  # fmt: skip

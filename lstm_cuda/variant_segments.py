@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as run_again
 
-from . import ops, reference
+from . import reference
+from .cuts import Cuts, Segment
 from .layer import is_transformed, requires_grad
 from .masks import Masks
 from .reference import Cell
-from .segment_ops import Cuts, Segment
+from .shapes import compute_dtype
 from .variant import parameters, variant_layer
 
 _T = TypeVar("_T")
@@ -114,7 +115,7 @@ class _Direction(Cuts):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y [T, B, D, P], h_n, c_n and c of these recurrences."""
         B, (G, P), D = self.x.shape[1], self.weights[0][1].shape, len(self.weights)
-        w_hh, compute = self.weights[0][1], ops.compute_dtype(self.x.dtype)
+        w_hh, compute = self.weights[0][1], compute_dtype(self.x.dtype)
         # Between calls c is as wide as within one.
         h = w_hh.new_zeros(D, B, P) if h0 is None else h0
         c = w_hh.new_zeros(D, B, G // 4, dtype=compute) if c0 is None else c0.to(compute)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from emulation import build, python_module
 
-from lstm_cuda import ops, variant_ops
+from lstm_cuda import ops, piece_ops, shapes, variant_ops
 
 # cuBLAS is deterministic only with a workspace of fixed size, and reads this when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -29,8 +29,8 @@ def emulator() -> Any:
     if reason := build.unavailable():
         pytest.skip(reason)
     module = python_module.load(python_module.compile_module())
-    torch.library.register_fake("lstm_cuda_emulated::layer_forward", ops.layer_forward_fake)
-    torch.library.register_fake("lstm_cuda_emulated::layer_backward", ops.layer_backward_fake)
+    torch.library.register_fake("lstm_cuda_emulated::layer_forward", shapes.layer_forward_fake)
+    torch.library.register_fake("lstm_cuda_emulated::layer_backward", shapes.layer_backward_fake)
     for name in ("variant_forward", "variant_backward"):
         fake = getattr(variant_ops, f"_{name.split('_')[1]}_fake")
         torch.library.register_fake(f"lstm_cuda_emulated::{name}", fake)
@@ -46,8 +46,8 @@ def emulated_ops(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(variant_ops, "_forward", library.variant_forward.default)
     monkeypatch.setattr(variant_ops, "_backward", library.variant_backward.default)
     monkeypatch.setattr(ops, "_pack", library.pack_weights.default)
-    monkeypatch.setattr(ops, "saved_gates_dtype", lambda x: x.dtype)
-    monkeypatch.setattr(ops, "in_pieces", lambda x: False)
+    monkeypatch.setattr(shapes, "saved_gates_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(piece_ops, "in_pieces", lambda x: False)
     monkeypatch.setattr(ops, "takes_dgates", lambda x: False)
     return emulator
 

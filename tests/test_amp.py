@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
-from lstm_cuda import FusedLSTM, FusedLSTMCell, ops
+from lstm_cuda import FusedLSTM, FusedLSTMCell, shapes
 
 HALVES = [torch.bfloat16, torch.float16]
 both_halves = pytest.mark.parametrize("half", HALVES, ids=NAMES.get)
@@ -289,7 +289,7 @@ def test_between_calls_c_is_as_exact_as_in_torch(
     theirs, ours = c_n
     assert ours.dtype == theirs.dtype
     # With pre-activations of bfloat16, kernels for CUDA take gates from tanh.approx: to 2^-12.
-    approximate = ops.saved_gates_dtype(x.to(half)) is torch.bfloat16
+    approximate = shapes.saved_gates_dtype(x.to(half)) is torch.bfloat16
     rtol = 1e-3 + (16 * 2**-12 if approximate else 0)
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=0)
     gained = ours.float() - (0 if given == "nohx" else 4)

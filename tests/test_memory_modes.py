@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from lstm_cuda import FusedLSTM, explain, fused_lstm, ops, segment_ops
+from lstm_cuda import FusedLSTM, explain, fused_lstm, ops, piece_ops, segment_ops
 
 ALL = "y h_n c_n cells"
 PROBLEMS = [
@@ -450,7 +450,7 @@ def test_a_piece_as_torch_checks_it() -> None:
         x, *weights, [], [], h0, c0, None, None, 0, True, True, False
     )
     given = (torch.randn_like(y), None, None, None, x, *weights, None, h0, c0, None, None, 0)
-    carry, sums = torch.randn(1, 3, 16), ops.piece_sums(x, *weights, [])
+    carry, sums = torch.randn(1, 3, 16), piece_ops.piece_sums(x, *weights, [])
     arguments = (*given, y, gates, c, True, True, 2, 3, carry)
     op = torch.ops.lstm_cuda.piece_backward.default
     torch.library.opcheck(op, (*arguments, sums.zero_()), test_utils="test_schema")

@@ -8,7 +8,7 @@ import torch
 from helpers import BOUNDS, DTYPES, NAMES, Data, Problem, assert_accurate, assert_equal, close, make
 from torch import Tensor
 
-from lstm_cuda import ops
+from lstm_cuda import ops, shapes
 from lstm_cuda.layer import fused_layer
 from lstm_cuda.reference import lstm_layer
 from lstm_cuda.second_order import Run
@@ -46,7 +46,7 @@ def forward(p: Problem, d: Data, save: bool, cells: bool) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 @pytest.mark.parametrize("p", SHAPES, ids=str)
 def test_accuracy(p: Problem, dtype: torch.dtype, device: str) -> None:
-    saved = ops.saved_gates_dtype(torch.empty(0, dtype=dtype, device=device))
+    saved = shapes.saved_gates_dtype(torch.empty(0, dtype=dtype, device=device))
     if p == SHAPES[0] and saved.itemsize == 2:
         pytest.skip("one number, the sum of rounded terms that may cancel, has any relative error")
     assert_accurate(p, make(p, device), dtype)
@@ -125,7 +125,7 @@ def test_what_is_returned(dtype: torch.dtype, save: bool, cells: bool, device: s
     assert h_n.shape == (2, p.B, p.P) and c_n.shape == (2, p.B, p.H)
     assert {t.dtype for t in (y, h_n, c_n)} == {dtype}
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert (gates.dtype, c.dtype) == (ops.saved_gates_dtype(d.x), wide)
+    assert (gates.dtype, c.dtype) == (shapes.saved_gates_dtype(d.x), wide)
     assert gates.shape == ((p.T, p.B, 2, 4 * p.H) if save else (0,))
     assert c.shape == ((p.T, p.B, 2, p.H) if save or cells else (0,))
 
