@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+
+from .heads import dense
+
+if TYPE_CHECKING:
+    from .module import FusedLSTM
 
 _Recurrent = TypeVar("_Recurrent", bound=nn.RNNBase)
 
@@ -39,6 +44,43 @@ def rebuild(
     return result.train(source.training)
 
 
+def fused_from_torch(lstm: nn.LSTM, cls: type[FusedLSTM], copy: bool, **options: Any) -> FusedLSTM:
+    """``FusedLSTM.from_torch``."""
+    if not isinstance(lstm, nn.LSTM):
+        raise TypeError(f"lstm must be a torch.nn.LSTM; got {type(lstm).__name__}")
+    if options.get("heads", 1) != 1:
+        raise ValueError(
+            "heads must be 1 for the parameters of an nn.LSTM, whose weight_hh is one dense "
+            f"block; got {options['heads']}"
+        )
+    fused = rebuild(lstm, cls, copy, **options)
+    like = lstm.all_weights[0][0]
+    names = fused._peephole_names + fused._layer_norm_names
+    for name in (name for row in names for name in row):
+        setattr(fused, name, nn.Parameter(like.new_empty(getattr(fused, name).shape)))
+    fused._reset_extras()
+    return fused
+
+
+def torch_from_fused(fused: FusedLSTM, copy: bool) -> nn.LSTM:
+    """``FusedLSTM.to_torch``."""
+    options = fused._extras() + (("reverse",) if fused.reverse else ())
+    options += () if fused.truncate is None else ("truncate",)
+    if options:
+        raise ValueError(f"torch.nn.LSTM has no {', '.join(options)}")
+    if fused.heads > 1 and not copy:
+        raise ValueError(
+            f"copy must be True with heads, whose weight_hh torch.nn.LSTM cannot share; got {copy}"
+        )
+    lstm = rebuild(fused, nn.LSTM, copy)
+    for name in fused._flat_weights_names if fused.heads > 1 else ():
+        if name.startswith(("weight_hh", "weight_hr")):
+            w = getattr(fused, name)
+            matrix = dense(w.detach(), fused.heads, 4 if name.startswith("weight_hh") else 1)
+            setattr(lstm, name, nn.Parameter(matrix, w.requires_grad))
+    return lstm
+
+
 def convert(model: nn.Module) -> list[str]:
     """Replace every ``torch.nn.LSTM`` in a model by a ``FusedLSTM`` with its parameters, in place.
 
@@ -56,7 +98,7 @@ def convert(model: nn.Module) -> list[str]:
     Raises:
         TypeError: the model is itself an ``nn.LSTM``: nothing can be replaced in place.
     """
-    from .module import FusedLSTM  # module.py builds on rebuild()
+    from .module import FusedLSTM  # module.py builds on what is above
 
     if isinstance(model, nn.LSTM):
         raise TypeError("convert() replaces modules inside a model; use FusedLSTM.from_torch(lstm)")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .functional import check_backend, check_pair, fused_lstm, native_dtype
+from .checks import check_backend, check_pair
+from .functional import fused_lstm, native_dtype
 
 _State = tuple[Tensor, Tensor]
 

@@ -9,15 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .convert import rebuild
-from .functional import (
-    check_backend,
-    check_checkpoint,
-    check_pair,
-    fused_lstm,
-    native_dtype,
-)
-from .heads import check_heads, dense
+from .checks import check_backend, check_checkpoint, check_pair
+from .convert import fused_from_torch, torch_from_fused
+from .functional import fused_lstm, native_dtype
+from .heads import check_heads
+from .layouts import PackedLayout, with_batch, without_batch
 from .packed import PackedWeights
 from .reference import Cell, check_probability
 from .segments import check_segments
@@ -263,7 +259,8 @@ class FusedLSTM(nn.RNNBase):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, lengths, reset, return_cells)
         if isinstance(input, Tensor) and input.dim() == 2:
-            return self._forward_unbatched(input, hx, lengths, reset, return_cells)
+            batch_of_one = with_batch(input, hx, lengths, reset)
+            return without_batch(*self._run(*batch_of_one, return_cells, False))
         if isinstance(input, Tensor) and input.dim() != 3:
             raise ValueError(
                 f"FusedLSTM: Expected input to be 2D or 3D, got {input.dim()}D instead"
@@ -317,39 +314,6 @@ class FusedLSTM(nn.RNNBase):
     def _rows(self, names: list[list[str]]) -> list[list[Tensor]] | None:
         return [[getattr(self, name) for name in row] for row in names] if names else None
 
-    def _forward_unbatched(
-        self,
-        x: Tensor,
-        hx: _State | None,
-        lengths: Tensor | Sequence[int] | int | None,
-        reset: Tensor | None,
-        return_cells: bool,
-    ) -> tuple[Any, ...]:
-        if hx is not None:
-            h0, c0 = check_pair(hx)
-            if h0.dim() != 2 or c0.dim() != 2:
-                raise RuntimeError(
-                    "For unbatched 2-D input, hx and cx should also be 2-D but got "
-                    f"({h0.dim()}-D, {c0.dim()}-D) tensors"
-                )
-            hx = (h0.unsqueeze(1), c0.unsqueeze(1))
-        if isinstance(lengths, int):
-            lengths = [lengths]
-        elif isinstance(lengths, Tensor) and lengths.dim() == 0:
-            lengths = lengths.unsqueeze(0)
-        if isinstance(reset, Tensor):
-            if reset.dim() != 1:
-                raise ValueError(
-                    f"reset must be [{x.shape[0]}] (time) for unbatched input; "
-                    f"got {list(reset.shape)}"
-                )
-            reset = reset.unsqueeze(1)
-        output, (h_n, c_n), *cells = self._run(
-            x.unsqueeze(1), hx, lengths, reset, return_cells, False
-        )
-        state = (h_n.squeeze(1), c_n.squeeze(1))
-        return (output.squeeze(1), state, *(c.squeeze(1) for c in cells))
-
     def _forward_packed(
         self,
         packed: PackedSequence,
@@ -360,31 +324,16 @@ class FusedLSTM(nn.RNNBase):
     ) -> tuple[Any, ...]:
         if lengths is not None:
             raise ValueError("lengths must be None with a PackedSequence, which has its own")
-        data, batch_sizes, order, back = packed
-        if data.dim() != 2:
-            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        T, B = batch_sizes.numel(), int(batch_sizes[0])
-        # Row t of the data holds the first batch_sizes[t] sequences; found on the CPU, where
-        # batch_sizes is.
-        present = torch.arange(B) < batch_sizes[:, None]
-        index = present.flatten().nonzero().squeeze(1).to(data.device)
-        # In place: autocast casts the other form, and refuses a 16-bit dtype that is not its own.
-        x = data.new_zeros(T * B, data.shape[1]).index_copy_(0, index, data).view(T, B, -1)
+        layout = PackedLayout(packed)
         # What does not fit is left for fused_lstm to complain about.
-        if hx is not None and all(t.dim() == 3 and t.shape[1] == B for t in check_pair(hx)):
-            hx = self.permute_hidden(hx, order)
-        if isinstance(reset, Tensor) and reset.dim() == 2:
-            reset = reset.transpose(0, 1) if self.batch_first else reset
-            if order is not None and reset.shape == (T, B):
-                reset = reset.index_select(1, order)
+        if hx is not None and all(t.dim() == 3 and t.shape[1] == layout.B for t in check_pair(hx)):
+            hx = self.permute_hidden(hx, packed.sorted_indices)
+        reset = layout.reset(reset, self.batch_first)
         output, state, *cells = self._run(
-            x, hx, present.sum(0), reset, return_cells, False, ragged=int(batch_sizes[-1]) < B
+            layout.x(), hx, layout.lengths, reset, return_cells, False, layout.ragged
         )
-        repacked = [
-            PackedSequence(part.flatten(0, 1).index_select(0, index), batch_sizes, order, back)
-            for part in (output, *cells)
-        ]
-        return (repacked[0], self.permute_hidden(state, back), *repacked[1:])
+        state = self.permute_hidden(state, packed.unsorted_indices)
+        return (layout.packed(output), state, *map(layout.packed, cells))
 
     def permute_hidden(self, hx: _State, permutation: Tensor | None) -> _State:  # type: ignore[override]
         """Both states with their batch in another order."""
@@ -425,21 +374,7 @@ class FusedLSTM(nn.RNNBase):
             ValueError: a parameter is computed (parametrized, weight norm); or ``heads`` is given,
                 as the recurrence of an ``nn.LSTM`` is not in blocks.
         """
-        if not isinstance(lstm, nn.LSTM):
-            raise TypeError(f"lstm must be a torch.nn.LSTM; got {type(lstm).__name__}")
-        if options.get("heads", 1) != 1:
-            raise ValueError(
-                "heads must be 1 for the parameters of an nn.LSTM, whose weight_hh is one dense "
-                f"block; got {options['heads']}"
-            )
-        fused = rebuild(lstm, cls, copy, **options)
-        like = lstm.all_weights[0][0]
-        for name in (
-            name for row in fused._peephole_names + fused._layer_norm_names for name in row
-        ):
-            setattr(fused, name, nn.Parameter(like.new_empty(getattr(fused, name).shape)))
-        fused._reset_extras()
-        return fused
+        return fused_from_torch(lstm, cls, copy, **options)
 
     def to_torch(self, *, copy: bool = False) -> nn.LSTM:
         """The ``torch.nn.LSTM`` that computes the same; ``copy`` as for ``from_torch``.
@@ -451,19 +386,4 @@ class FusedLSTM(nn.RNNBase):
             ValueError: an option is set that ``torch.nn.LSTM`` does not have, or a parameter is
                 computed; or ``heads`` without ``copy``.
         """
-        options = self._extras() + (("reverse",) if self.reverse else ())
-        options += () if self.truncate is None else ("truncate",)
-        if options:
-            raise ValueError(f"torch.nn.LSTM has no {', '.join(options)}")
-        if self.heads > 1 and not copy:
-            raise ValueError(
-                "copy must be True with heads, whose weight_hh torch.nn.LSTM cannot share; "
-                f"got {copy}"
-            )
-        lstm = rebuild(self, nn.LSTM, copy)
-        for name in self._flat_weights_names if self.heads > 1 else ():
-            if name.startswith(("weight_hh", "weight_hr")):
-                w = getattr(self, name)
-                matrix = dense(w.detach(), self.heads, 4 if name.startswith("weight_hh") else 1)
-                setattr(lstm, name, nn.Parameter(matrix, w.requires_grad))
-        return lstm
+        return torch_from_fused(self, copy)
