@@ -4,10 +4,10 @@
 
 A spilled register, a byte of stack (an array that slipped into local memory shows only there) or a
 warning fails the check. Where there is a `cuobjdump`, the machine code is read too: it must hold no
-load or store of local memory, and in loops over the steps what machine_code.py expects. Each file
-is compiled once an architecture, straight to machine code: that skips the host compiler and the
-packing of a fat binary, and keeps all cores busy to the end. Only the first architecture makes an
-object, so that host code is compiled with warnings once.
+load or store of local memory, and in loops over the steps what machine_code.py expects. All of that
+is ptxas' work, which differs by architecture: each has its own machine code. What comes before it,
+from C++ to PTX, takes longer and is done once where sources see no difference. Only the first
+architecture makes an object, so that host code is compiled with warnings once.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ from pathlib import Path
 from machine_code import StepKernel, local_accesses, read_functions, step_faults
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHITECTURES = ("90a", "80", "86", "89", "100a", "120")
+ARCHITECTURES = ("90a", "80", "86", "89", "100", "120")
+# Whose PTX an architecture's machine code is made from, if not its own. Sources ask whether it is
+# 90 or more, which has clusters and launches that overlap, and nothing else (ptx_device.cuh).
+PTX_OF = {"86": "80", "89": "80", "120": "100"}
 # Cluster kernels have a body only where clusters are used; elsewhere one compilation shows that
 # nothing else is left in their files.
 CLUSTER_FILES = ("rec_cluster_", "variant_cluster_")
-CLUSTER_ARCHITECTURES = ("90a", "100a")
+CLUSTER_ARCHITECTURES = ("90a", "100")
 WITHOUT_CLUSTERS = "80"
 # What torch's builds define: 16-bit types convert only by name.
 TORCH_DEFINES = (
@@ -105,16 +108,18 @@ def find_cuobjdump(nvcc: str) -> str | None:
     return next((path for path in found if path), None) or shutil.which("cuobjdump")
 
 
-def read_usages(report: str, architecture: str) -> list[Usage]:
-    """The functions in ptxas' verbose report."""
-    usages: dict[str, Usage] = {}
+def read_usages(report: str) -> list[Usage]:
+    """The functions in ptxas' verbose report, of each architecture in it."""
+    usages: dict[tuple[str, str], Usage] = {}
     entry = current = None
+    architecture = ""
 
     def usage(name: str) -> Usage:
-        return usages.setdefault(name, Usage(name, architecture))
+        return usages.setdefault((name, architecture), Usage(name, architecture))
 
     for line in report.splitlines():
-        if match := re.search(r"Compiling entry function '(\S+)'", line):
+        if match := re.search(r"Compiling entry function '(\S+)' for 'sm_(\w+)'", line):
+            architecture = match[2]
             entry = usage(match[1])
         elif match := re.search(r"Function properties for (\S+)", line):
             current = usage(match[1])
@@ -194,35 +199,53 @@ def shorten(name: str) -> str:
     return name
 
 
-def compile_one(nvcc: str, cuobjdump: str | None, source: Path, architecture: str) -> Compilation:
-    """Compiles a file for an architecture, and reads what came of it."""
+def groups_of(source: Path, wanted: Sequence[str]) -> list[list[str]]:
+    """The architectures that a file is compiled for; those of the same PTX together."""
+    groups: dict[str, list[str]] = {}
+    for each in architectures_of(source, wanted):
+        groups.setdefault(PTX_OF.get(each, each), []).append(each)
+    return list(groups.values())
+
+
+def compile_group(
+    nvcc: str, cuobjdump: str | None, source: Path, architectures: Sequence[str]
+) -> list[Compilation]:
+    """Compiles a file for architectures of the same PTX, and reads what came of it."""
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernels"
-        kind = ("-c", *HOST_FLAGS) if architecture == ARCHITECTURES[0] else ("-cubin",)
-        target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+        kind = ("-c", *HOST_FLAGS) if ARCHITECTURES[0] in architectures else ("-fatbin",)
+        ptx = PTX_OF.get(architectures[0], architectures[0])
+        codes = ",".join(f"sm_{each}" for each in architectures)
+        target = f"-gencode=arch=compute_{ptx},code=[{codes}]"
         command = [nvcc, *FLAGS, target, *kind, str(source), "-o", str(binary)]
         start = time.perf_counter()
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
-        seconds = time.perf_counter() - start
+        seconds = (time.perf_counter() - start) / len(architectures)
         failed = done.returncode != 0
-        result = Compilation(source, architecture, seconds, done.stdout, failed)
-        if failed:
-            return result
-        result.usages = read_usages(done.stdout, architecture)
-        if cuobjdump is not None:
-            sass = subprocess.run(
-                [cuobjdump, "-sass", str(binary)], stdout=subprocess.PIPE, text=True, check=True
-            )
-            for name, code in read_functions(sass.stdout).items():
-                result.local_accesses[name] = local_accesses(code)
-                if has_step_kernels(source, architecture) and StepKernel.of(name):
-                    result.step_kernels += 1
-                    result.step_faults[name] = list(step_faults(name, code))
-            if has_step_kernels(source, architecture) and not result.step_kernels:
-                result.step_faults[""] = ["no kernel with a loop over the steps was recognised"]
-        return result
+        usages = [] if failed else read_usages(done.stdout)
+        results = []
+        for each in architectures:
+            own = [usage for usage in usages if usage.architecture == each]
+            results.append(Compilation(source, each, seconds, done.stdout, failed, own))
+            if cuobjdump is not None and not failed:
+                read_machine_code(cuobjdump, binary, results[-1])
+        return results
+
+
+def read_machine_code(cuobjdump: str, binary: Path, result: Compilation) -> None:
+    """Adds to a compilation what the machine code of its architecture shows."""
+    source, architecture = result.source, result.architecture
+    command = [cuobjdump, "-sass", "-arch", f"sm_{architecture}", str(binary)]
+    sass = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    for name, code in read_functions(sass.stdout).items():
+        result.local_accesses[name] = local_accesses(code)
+        if has_step_kernels(source, architecture) and StepKernel.of(name):
+            result.step_kernels += 1
+            result.step_faults[name] = list(step_faults(name, code))
+    if has_step_kernels(source, architecture) and not result.step_kernels:
+        result.step_faults[""] = ["no kernel with a loop over the steps was recognised"]
 
 
 def failures(results: Sequence[Compilation], names: dict[str, str]) -> list[str]:
@@ -315,11 +338,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         waiting = [
-            pool.submit(compile_one, nvcc, cuobjdump, source, architecture)
+            pool.submit(compile_group, nvcc, cuobjdump, source, group)
             for source in sources
-            for architecture in architectures_of(source, options.arch)
+            for group in groups_of(source, options.arch)
         ]
-        results = [job.result() for job in waiting]
+        results = [result for job in waiting for result in job.result()]
     seconds = time.perf_counter() - start
 
     headers = [path.read_text() for path in sorted((ROOT / "csrc").rglob("*.h"))]

@@ -1,6 +1,7 @@
 """The checks of compiled kernels and of the CUDA build: they must fail on what they look for."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def compilation(**changes: object) -> object:
 
 
 def test_report_of_ptxas() -> None:
-    usages = check_kernels.read_usages(REPORT, "90a")
+    usages = check_kernels.read_usages(REPORT)
     found = [(u.name, u.registers, u.shared_bytes, u.spill_bytes, u.stack_bytes) for u in usages]
     assert found == [
         ("_Z5cleanPd", 30, 512, 0, 0),
@@ -72,7 +73,7 @@ def test_local_memory_in_machine_code() -> None:
 
 
 def test_failures_name_what_and_where() -> None:
-    usages = check_kernels.read_usages(REPORT, "90a")
+    usages = check_kernels.read_usages(REPORT)
     names = check_kernels.demangle((usage.name for usage in usages), {})
     both = [
         compilation(
@@ -260,8 +261,8 @@ def test_faults_of_a_loop() -> None:
 def test_cluster_kernels_are_compiled_where_there_are_clusters() -> None:
     everywhere = check_kernels.ARCHITECTURES
     for name, architectures, with_loops in (
-        ("rec_cluster_forward.cu", ["90a", "80", "100a"], ["90a", "100a"]),
-        ("variant_cluster_backward.cu", ["90a", "80", "100a"], ["90a", "100a"]),
+        ("rec_cluster_forward.cu", ["90a", "80", "100"], ["90a", "100"]),
+        ("variant_cluster_backward.cu", ["90a", "80", "100"], ["90a", "100"]),
         ("rec_group_backward.cu", list(everywhere), list(everywhere)),
         ("rec_cta_forward.cu", list(everywhere), []),
     ):
@@ -269,6 +270,31 @@ def test_cluster_kernels_are_compiled_where_there_are_clusters() -> None:
         assert found == architectures
         assert [a for a in found if check_kernels.has_step_kernels(Path(name), a)] == with_loops
     assert check_kernels.architectures_of(Path("rec_cluster_forward.cu"), ["86", "90a"]) == ["90a"]
+
+
+def test_architectures_without_a_difference_share_their_ptx() -> None:
+    files = [path for path in (check_kernels.ROOT / "csrc").rglob("*") if path.is_file()]
+    asked = re.findall(r"__CUDA_ARCH\w*(.*)", "\n".join(path.read_text() for path in files))
+    assert set(asked) == {")", " >= 900", " >= 900;"}, "PTX_OF says that nothing else is asked"
+    for each, other in check_kernels.PTX_OF.items():
+        assert (int(each) >= 90) == (int(other) >= 90)
+    groups = check_kernels.groups_of(Path("a.cu"), check_kernels.ARCHITECTURES)
+    assert groups == [["90a"], ["80", "86", "89"], ["100", "120"]]
+    assert check_kernels.groups_of(Path("a.cu"), ["86", "120"]) == [["86"], ["120"]]
+
+
+@needs_nvcc
+def test_each_architecture_has_its_own_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "kernel.cu"
+    file.write_text(KERNELS["stack"][0])
+    assert check_kernels.main([str(file), "--arch", "86", "80", "120"]) == 1
+    printed = capsys.readouterr()
+    assert "3 architectures" in printed.out
+    assert "has a stack frame of 32 bytes (sm_86, sm_80, sm_120)" in printed.err
+    if check_kernels.find_cuobjdump(str(NVCC)):
+        assert len(re.findall(r"holds \d+ LDL or STL", printed.err)) > 0
 
 
 STEP_KERNEL = """
