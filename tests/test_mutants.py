@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -1022,10 +1021,10 @@ MUTANTS = [
 
 
 def sources(root: Path, driver: str) -> list[Path]:
-    """A driver, with those of the product's sources that it runs."""
+    """A driver, with those of the product's sources that it runs, and what should come out."""
     patterns = KERNELS.get(driver, [])
     kernels = [path for pattern in patterns for path in sorted((root / "csrc/cuda").glob(pattern))]
-    return [root / driver, *kernels]
+    return [root / driver, *kernels, root / build.PROBLEM.relative_to(build.ROOT)]
 
 
 def noticed(mutant: Mutant) -> str | None:
@@ -1040,7 +1039,6 @@ def noticed(mutant: Mutant) -> str | None:
 
 
 Program = tuple[str, tuple[str, ...], str]  # a driver, its arguments, the build
-_linking = threading.Lock()  # programs that differ in their arguments alone are one file
 
 
 def unbroken(program: Program) -> str | None:
@@ -1050,8 +1048,7 @@ def unbroken(program: Program) -> str | None:
         pytest.skip(reason)
     name = "-".join([*driver.removesuffix(".cpp").split("/"), variant])
     path = build.FOLDER / "mutants" / name
-    with _linking:
-        build.compile(sources(build.ROOT, driver), variant, path)
+    build.compile(sources(build.ROOT, driver), variant, path)
     done = build.run(path, *arguments, variant=variant)
     return done.stdout + done.stderr if done.returncode else None
 

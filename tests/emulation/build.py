@@ -22,12 +22,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "emulation"
 
-FLAGS = ["-std=c++20", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 VARIANTS = {
     "plain": ["-O1"],
-    "asan": ["-O1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"],
+    "asan": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "tsan": ["-O1", "-fsanitize=thread", "-fno-omit-frame-pointer"],
 }
+# Not under test and never instrumented, so that one build serves all programs and mutants. (The
+# runtime's sanitizer hooks are weak.)
+RUNTIME = sorted((ROOT / "tests/emulation/runtime").glob("*.cpp"))
+PROBLEM = ROOT / "tests/emulation/recurrence_problem.cpp"
 # g++'s ThreadSanitizer takes a third of a millisecond to start a thread, or a tenth of that with
 # runtime/tsan_threads.cpp, clang's 7 microseconds.
 COMPILERS = {
@@ -51,6 +55,7 @@ WRAPPED = {
 }
 
 _slots = threading.Semaphore(os.cpu_count() or 1)  # compilers at once
+_making: dict[Path, threading.Lock] = {}  # files that programs share are made once
 
 
 class CompileError(RuntimeError):
@@ -136,16 +141,18 @@ def _object(source: Path, cxx: str, flags: Sequence[str], folder: Path) -> Path:
     key = hashlib.sha256("\n".join([cxx, *flags, str(source)]).encode()).hexdigest()[:12]
     target = folder / f"{source.stem}-{key}.o"
     dependencies = target.with_suffix(".d")
-    if target.exists() and dependencies.exists() and _newest(target) < target.stat().st_mtime:
-        return target
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # others may build at the same time
-        made = Path(scratch, "made.o")
-        language = ["-x", "c++"] if source.suffix in (".cu", ".cuh") else []
-        listing = ["-MMD", "-MF", made.with_suffix(".d")]
-        compiler([cxx, *flags, *listing, "-c", *language, source, "-o", made])
-        os.replace(made.with_suffix(".d"), dependencies)
-        os.replace(made, target)
+    with _making.setdefault(target, threading.Lock()):
+        if target.exists() and dependencies.exists() and _newest(target) < target.stat().st_mtime:
+            return target
+        # Another process may build at the same time.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch, "made.o")
+            language = ["-x", "c++"] if source.suffix in (".cu", ".cuh") else []
+            listing = ["-MMD", "-MF", made.with_suffix(".d")]
+            compiler([cxx, *flags, *listing, "-c", *language, source, "-o", made])
+            os.replace(made.with_suffix(".d"), dependencies)
+            os.replace(made, target)
     return target
 
 
@@ -163,18 +170,23 @@ def compile(
 
     Only what changed is compiled again. `root`: a tree made by `mutate`, to take headers from.
     The define LSTM_EMULATE_UCONTEXT makes the runtime switch as on processors other than x86-64.
-    `flags` are for the compiler, `libraries` for the linker.
+    `flags` are for compiling what includes torch, which csrc/cuda does not: its objects are those
+    of other programs. `libraries` are for the linker.
     """
     headers = cuda_include()
     found = toolchain(variant)
     if not headers or not found:
         raise CompileError(unavailable(variant))
     cxx, out = found[0], Path(out)
+    plain = toolchain("plain")
 
     def job(tree: Path, source: Path) -> tuple[Path, str, list[str]]:
+        if source in (*RUNTIME, PROBLEM):
+            return source, plain[0] if plain else cxx, [*FLAGS, "-O2", *(f"-D{d}" for d in defines)]
         include = [f"-I{tree / p}" for p in ("csrc", "tests/emulation")]
         options = ["-DLSTM_EMULATE", *(f"-D{d}" for d in defines), "-isystem", str(headers)]
-        return source, cxx, [*FLAGS, *options, *include, *flags, *VARIANTS[variant]]
+        own = () if source.parent == tree / "csrc/cuda" else flags
+        return source, cxx, [*FLAGS, *options, *include, *own, *VARIANTS[variant]]
 
     def mutated(source: Path) -> tuple[Path, str, list[str]]:
         """The job of a mutant's source, or the original's where the mutation does not reach."""
@@ -194,28 +206,25 @@ def compile(
     else:
         with ThreadPoolExecutor() as pool:
             wanted = list(pool.map(mutated, paths))
-    # The runtime is never instrumented: its sanitizer hooks are weak, so one build serves all.
-    plain = toolchain("plain")
-    runtime = [*FLAGS, "-O2", *(f"-D{d}" for d in defines if d.startswith("LSTM_EMULATE"))]
-    for source in sorted((ROOT / "tests/emulation/runtime").glob("*.cpp")):
-        wanted.append((source, plain[0] if plain else cxx, runtime))
+    wanted += [job(ROOT, path) for path in RUNTIME]
     with ThreadPoolExecutor(max_workers=len(wanted)) as pool:
         objects = list(pool.map(lambda w: _object(*w, FOLDER / "objects"), wanted))
     stamp = max(o.stat().st_mtime for o in objects)
     listed = out.with_name(out.name + ".objects")
     names = "\n".join(map(str, objects))
-    if (
-        out.exists()
-        and out.stat().st_mtime > stamp
-        and listed.exists()
-        and listed.read_text() == names
-    ):
-        return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    link = [*found[2], *(f"-Wl,--wrap={name}" for name in WRAPPED.get(variant, []))]
-    link += ["-shared"] if shared else []
-    compiler([cxx, *VARIANTS[variant], *link, *objects, *libraries, "-o", out])
-    listed.write_text(names)
+    with _making.setdefault(out, threading.Lock()):
+        if (
+            out.exists()
+            and out.stat().st_mtime > stamp
+            and listed.exists()
+            and listed.read_text() == names
+        ):
+            return out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        link = [*found[2], *(f"-Wl,--wrap={name}" for name in WRAPPED.get(variant, []))]
+        link += ["-shared"] if shared else []
+        compiler([cxx, *VARIANTS[variant], *link, *objects, *libraries, "-o", out])
+        listed.write_text(names)
     return out
 
 

@@ -31,10 +31,12 @@ def compile_module(root: Path = build.ROOT, folder: Path = build.FOLDER) -> Path
         sources(root),
         "plain",
         folder / target,
-        defines=["TORCH_TARGET_VERSION=0x020b000000000000"],
         shared=True,
         root=root,
-        flags=["-fvisibility=hidden", *(f"-isystem{path}" for path in includes)],
+        flags=[
+            "-DTORCH_TARGET_VERSION=0x020b000000000000",
+            *(f"-isystem{path}" for path in includes),
+        ],
         libraries=[
             *(f"-L{path}" for path in cpp_extension.library_paths()),
             "-ltorch_cpu",

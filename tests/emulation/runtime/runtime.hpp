@@ -40,6 +40,7 @@ struct Settings {
   std::string refused;                    // launches of kernels whose names begin so fail; "": none
   unsigned spared = 0;                    // but of these launches, not the first so many
   int device = 0;                         // the index that the caller of kernels sees
+  bool watched = true;  // by ThreadSanitizer; else the threads of a block are one to it, and cheap
 };
 Settings& settings();
 

@@ -203,7 +203,8 @@ void start_thread(Fiber& fiber, Block& block, unsigned thread, char* stack) {
   if (thread % kLanes == 0) fiber.warp->lanes = &fiber;
   fiber.stack = stack;
   if (under_tsan()) {
-    fiber.tsan = new_identity(resident_threads(l));
+    const bool own = thread == 0 || launched->settings.watched;
+    fiber.tsan = own ? new_identity(resident_threads(l)) : (&fiber - 1)->tsan;
     char name[64];
     std::snprintf(name, sizeof name, "block %u thread %u", block.index, thread);
     __tsan_set_fiber_name(fiber.tsan, name);
