@@ -25,7 +25,8 @@ struct VectorProduct {
  private:
   static LSTM_INLINE Pairs even_lanes(const U& a, uint32_t m) {
 #if LSTM_VECTOR_BYTES == 64
-    return bit_cast<Pairs>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi32(int(m))));
+    return bit_cast<Pairs>(
+        _mm512_maskz_mul_epu32(__mmask8(-1), bit_cast<__m512i>(a), _mm512_set1_epi32(int(m))));
 #elif LSTM_VECTOR_BYTES == 32 && defined(__AVX2__)
     return bit_cast<Pairs>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi32(int(m))));
 #else
