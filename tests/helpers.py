@@ -139,6 +139,15 @@ def make(p: Problem, device: str = "cpu", seed: int = 0) -> Data:
     )
 
 
+def arguments(d: Data) -> tuple[Any, ...]:
+    """x and the four lists of weights of one layer, as layer_forward takes them."""
+    rows = d.weights
+    has_bias, has_projection = len(rows[0]) >= 4, len(rows[0]) in (3, 5)
+    bias = [row[2] for row in rows] + [row[3] for row in rows] if has_bias else []
+    w_hr = [row[-1] for row in rows] if has_projection else []
+    return d.x, [row[0] for row in rows], [row[1] for row in rows], bias, w_hr
+
+
 def call(p: Problem, d: Data, backend: str = "auto") -> Results:
     """The outputs of fused_lstm for a problem."""
     y, (h_n, c_n), cells = fused_lstm(

@@ -10,9 +10,8 @@ import helpers
 import pytest
 import torch
 from conftest import CUDA, cuda_missing
-from helpers import Data, Problem, Results, close, make
+from helpers import Data, Problem, Results, arguments, close, make
 from test_kernels import ARITHMETICS, TF32_BOUNDS, Machine, cases, machine
-from test_ops import arguments
 from test_scaled_product import SIZES, conversions, scaling
 from torch import Tensor
 
