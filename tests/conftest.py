@@ -1,6 +1,7 @@
 """What all tests share: poisoned memory, the devices, and the seed."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,6 +69,16 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         # Bounds for float32 are those of exact products; TF32 has tests of its own.
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return str(request.param)
+
+
+@pytest.fixture
+def no_vmap_fallback() -> Iterator[None]:
+    """An op without a rule raises, instead of being run for each member with a warning."""
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+    torch._C._functorch._set_vmap_fallback_enabled(True)
 
 
 @pytest.fixture(autouse=True)
