@@ -16,9 +16,11 @@ def test_reference_and_why() -> None:
     text = explain(lstm, x)
     assert "a cell with coupled, peephole" in text and "gradients end every 2 steps" in text
     lstm.truncate = None
-    text = explain(lstm, x, CudaDevice(90, 132, 232448))
-    assert "a cell with coupled, peephole" in text
-    assert "forward: rec_step" in text and "only rec_step has other cells" in text
+    h100 = CudaDevice(90, 132, 232448)
+    text = explain(lstm, x, h100)
+    assert "a cell with coupled, peephole" in text and "forward: rec_cta" in text
+    text = explain(FusedLSTM(3, 4, coupled=True, proj_size=2), x, h100)
+    assert "forward: rec_step" in text and "only rec_step has projections of other cells" in text
 
 
 def test_each_layer_of_the_fused_op() -> None:

@@ -354,7 +354,7 @@ MUTANTS = [
     ),
     cta(
         "no_barrier_in_a_step",
-        "rec_cta_forward.cu",
+        "rec_cta_team.cuh",
         "    ptx::block_sync();  // the two hazards",
         "    // the two hazards",
         "tsan",
@@ -362,7 +362,7 @@ MUTANTS = [
     ),
     cta(
         "one_h_for_two_steps",
-        "rec_cta_forward.cu",
+        "rec_cta_team.cuh",
         "step % 2 * Tile::kValues",
         "step % 1 * Tile::kValues",
         "tsan",
@@ -370,7 +370,7 @@ MUTANTS = [
     ),
     cta(
         "rows_past_the_batch",
-        "rec_forward.cuh",
+        "forward_memory.cuh",
         "if (!(in_batch >> j & 1)) continue;",
         "",
         "asan",
@@ -395,8 +395,8 @@ MUTANTS = [
     cta(
         "initial_state_over_a_reset",
         "rec_forward.cuh",
-        "fresh[i] & 1 ? Compute(0) : to_compute(h[i][0])",
-        "to_compute(h[i][0])",
+        "fresh[i] >> j & 1 ? Compute(0) : cell.read(",
+        "cell.read(",
         "plain",
         "float64",
     ),
@@ -670,7 +670,7 @@ MUTANTS = [
     cluster(
         "state_over_a_reset",
         "rec_forward.cuh",
-        "fresh[i] >> j & 1 ? Compute(0) : c[i][j]",
+        "begins ? Compute(0) : c[i][j]",
         "c[i][j]",
         "plain",
         "tf32",
@@ -679,8 +679,8 @@ MUTANTS = [
     cluster(
         "h_over_a_reset",
         "rec_forward.cuh",
-        "fresh[i] >> (2 + j) & 1 ? Compute(0) : next",
-        "next",
+        "fresh[i] >> (2 + j) & 1 ? Compute(0) : cell.read(",
+        "cell.read(",
         "plain",
         "tf32",
         BUSY,
@@ -696,7 +696,7 @@ MUTANTS = [
     ),
     cluster(
         "rows_past_the_batch",
-        "rec_forward.cuh",
+        "forward_memory.cuh",
         "if (!(in_batch >> j & 1)) continue;",
         "",
         "asan",
