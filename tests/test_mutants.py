@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(buil
 MICRO_KERNELS = "tests/emulation/micro_kernels.cuh"
 RECURRENCE = "tests/emulation/recurrence.cpp"
 VARIANTS = "tests/emulation/variants.cpp"
-VARIANT_FAMILIES = "tests/emulation/variant_families.cpp"
+VARIANT_CTA = "tests/emulation/variant_cta.cpp"
 RESIDENT = "tests/emulation/resident.cpp"
 VARIANT_CLUSTER = "tests/emulation/variant_cluster.cpp"
 SMALL_VARIANT_CLUSTER = "tests/emulation/small_variant_cluster.cpp"
@@ -34,9 +34,9 @@ STEP_VARIANTS = [
 KERNELS = {
     RECURRENCE: ["plan.cpp", "prepare.cu", "rec_cta_*.cu", "rec_step.cu", "step_*.cu"],
     VARIANTS: STEP_VARIANTS,
-    VARIANT_FAMILIES: [*STEP_VARIANTS, "cell_norms.cu", "variant_cta_*.cu"],
-    VARIANT_CLUSTER: [*STEP_VARIANTS, "pack.cu", "variant_cluster_backward.cu"],
-    SMALL_VARIANT_CLUSTER: [*STEP_VARIANTS, "pack.cu"],
+    VARIANT_CTA: [*STEP_VARIANTS, "cell_norms.cu", "variant_cta_*.cu"],
+    VARIANT_CLUSTER: [*STEP_VARIANTS, "cell_norms.cu", "pack.cu", "variant_cluster_*.cu"],
+    SMALL_VARIANT_CLUSTER: [*STEP_VARIANTS, "cell_norms.cu", "pack.cu"],
     RESIDENT: ["plan.cpp", "pack.cu", "rec_cluster*.cu", "rec_group*.cu"],
     SMALL["cluster"]: ["plan.cpp", "pack.cu"],
     SMALL["group"]: ["plan.cpp", "pack.cu"],
@@ -71,26 +71,19 @@ def of_variants(name: str, file: str, old: str, new: str, variant: str, case: in
     return Mutant(f"variant_{name}", f"csrc/cuda/{file}", old, new, variant, VARIANTS, arguments)
 
 
-def of_variant_cluster(name: str, file: str, old: str, new: str, variant: str, case: int) -> Mutant:
-    """A mutant of rec_cluster for other cells, which a case of variant_cluster_run.hpp notices."""
-    arguments = ("float32", "random", "1", str(case))
-    path = f"csrc/cuda/{file}"
-    return Mutant(
-        f"variant_cluster_{name}", path, old, new, variant, SMALL_VARIANT_CLUSTER, arguments
-    )
-
-
 def of_variant_family(
     family: str, name: str, file: str, old: str, new: str, variant: str, arithmetic: str, case: int,
 ) -> Mutant:  # fmt: skip
-    """A mutant of another family for other cells, which a case of variant_families.cpp notices."""
-    arguments = (family, arithmetic, "forward", "0", str(case))
+    """A mutant of another family for other cells, which one case of variant_cases.hpp notices."""
+    driver = {"cta": VARIANT_CTA, "cluster": SMALL_VARIANT_CLUSTER}[family]
+    arguments = (arithmetic, "random", "1", str(case))
     name, path = f"variant_{family}_{name}", f"csrc/cuda/{file}"
-    return Mutant(name, path, old, new, variant, VARIANT_FAMILIES, arguments)
+    return Mutant(name, path, old, new, variant, driver, arguments)
 
 
 cta = functools.partial(of_family, "rec_cta")
-variant_cta = functools.partial(of_variant_family, "rec_cta")
+variant_cta = functools.partial(of_variant_family, "cta")
+variant_cluster = functools.partial(of_variant_family, "cluster")
 step = functools.partial(of_family, "rec_step")
 
 
@@ -106,7 +99,7 @@ def of_small(
 
 cluster = functools.partial(of_small, "cluster")
 group = functools.partial(of_small, "group")
-# Cases of variant_families.cpp: all options at once, without norm and with it.
+# Cases of variant_cases.hpp: all options at once, without norm and with it.
 OPTIONS, NORM = 1, 8
 # Cases of small_resident.hpp.
 BUSY, SPLIT, CHUNKS, DIFFERENT_ROWS, NAN, TURNS, CHUNKS_IN_TURNS = 0, 1, 2, 12, 13, 14, 15
@@ -153,45 +146,77 @@ MUTANTS = [
         "asan",
         0,
     ),
-    of_variant_cluster(
+    variant_cluster(
+        "norms_not_waited_for",
+        "forward_cells.cuh",
+        "    totals_.wait(slot, at.step);\n",
+        "",
+        "tsan",
+        "float32",
+        NORM,
+    ),
+    variant_cluster(
+        "norms_of_c_and_of_products_in_one_slot",
+        "forward_cells.cuh",
+        "enum Slot { of_product, of_c, kTotals };",
+        "enum Slot { of_product, of_c = of_product, kTotals };",
+        "plain",
+        "float32",
+        NORM,
+    ),
+    variant_cluster(
+        "product_of_h0_over_a_reset",
+        "forward_cells.cuh",
+        "!p_.h0_product || fresh ||",
+        "!p_.h0_product ||",
+        "plain",
+        "float32",
+        NORM,
+    ),
+    variant_cluster(
         "totals_not_waited_for",
         "variant_backward_cells.cuh",
         "    totals_.wait(slot, step);\n",
         "",
         "tsan",
-        7,
+        "float32",
+        NORM,
     ),
-    of_variant_cluster(
+    variant_cluster(
         "totals_of_c_and_of_products_in_one_slot",
         "variant_backward_cells.cuh",
         "enum Slot { kOfC, kOfProducts };",
         "enum Slot { kOfC, kOfProducts = kOfC };",
         "plain",
-        7,
+        "float32",
+        NORM,
     ),
-    of_variant_cluster(
+    variant_cluster(
         "lanes_of_another_row_added_up",
         "variant_backward_cells.cuh",
         "using Lanes = Quarter<2, 16>;",
         "using Lanes = Quarter<8, 16>;",
         "plain",
-        7,
+        "float32",
+        NORM,
     ),
-    of_variant_cluster(
+    variant_cluster(
         "what_zoneout_leaves_over_a_reset",
         "variant_backward_cells.cuh",
         "fresh || !(keep > 0) ? 0.f",
         "!(keep > 0) ? 0.f",
         "plain",
-        7,
+        "float32",
+        NORM,
     ),
-    of_variant_cluster(
+    variant_cluster(
         "weights_of_norm_for_padding",
         "variant_backward_cells.cuh",
         "from && of_block < H ?",
         "from ?",
         "asan",
-        7,
+        "float32",
+        NORM,
     ),
     Mutant(
         "block_sync_missing_before_a_read",
@@ -482,6 +507,24 @@ MUTANTS = [
         "float16",
     ),
     # ---- rec_cta, other cells ----
+    variant_cta(
+        "units_past_the_last_normalised",
+        "forward_cells.cuh",
+        "const bool exists = lane() / 4 < units;",
+        "const bool exists = true;",
+        "plain",
+        "float32",
+        NORM,
+    ),
+    variant_cta(
+        "h_multiplied_without_its_scale",
+        "forward_cells.cuh",
+        "if (!v_.h_scale || !at.exists[j]) return h;",
+        "return h;",
+        "plain",
+        "float32",
+        OPTIONS,
+    ),
     variant_cta(
         "left_over_of_zoneout_kept_over_a_reset",
         "variant_cta_backward.cuh",

@@ -22,7 +22,7 @@ from test_mutants import (
     SMALL,
     SMALL_VARIANT_CLUSTER,
     VARIANT_CLUSTER,
-    VARIANT_FAMILIES,
+    VARIANT_CTA,
     VARIANTS,
     sources,
 )
@@ -47,7 +47,7 @@ def program(driver: str, variant: str) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _build_at_once() -> None:
     """All programs in parallel; those that a test cannot build fail there."""
-    drivers = (RECURRENCE, VARIANTS, VARIANT_FAMILIES, SMALL_VARIANT_CLUSTER, *SMALL.values())
+    drivers = (RECURRENCE, VARIANTS, VARIANT_CTA, SMALL_VARIANT_CLUSTER, *SMALL.values())
     wanted = [(d, v) for d in drivers for v in RUNS]
     wanted += [(RESIDENT, "plain"), (VARIANT_CLUSTER, "plain"), (VARIANT_CLUSTER, "asan")]
     with ThreadPoolExecutor() as pool:
@@ -93,12 +93,11 @@ def test_other_cells_in_every_order(arithmetic: str, variant: str) -> None:
 
 
 @OF_OTHER_CELLS
-@pytest.mark.parametrize("family", ["rec_cta"])
-def test_other_cells_as_in_rec_step(family: str, arithmetic: str, variant: str) -> None:
+def test_other_cells_in_one_block(arithmetic: str, variant: str) -> None:
     if reason := build.unavailable(variant):
         pytest.skip(reason)
     parts = 1 if variant == "plain" else 5  # together they take up to half a minute
-    assert_right(VARIANT_FAMILIES, variant, RUNS[variant], family, arithmetic, parts=parts)
+    assert_right(VARIANT_CTA, variant, RUNS[variant], arithmetic, parts=parts)
 
 
 # ThreadSanitizer takes ten seconds, and these two differ in all that can race: parts of operands,

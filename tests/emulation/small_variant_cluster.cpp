@@ -1,9 +1,9 @@
-// Runs variant_cluster_backward's kernels in a shape of few threads, each with several cells, so
-// that sanitizers are quick: variant_cluster_run.hpp.
-#include <algorithm>
-
+// Runs rec_cluster's kernels for other cells in a shape of few threads, each with several cells, so that
+// sanitizers are quick: variant_run.hpp.
+//   small_variant_cluster ARITHMETIC ORDER SEED [CASE | FIRST/PARTS]
+#include "cuda/exchange_cluster.cuh"
 #include "cuda/reduce_cluster.cuh"
-#include "variant_cluster_run.hpp"
+#include "variant_run.hpp"
 
 using namespace lstm_cuda;
 using namespace lstm_cuda::test;
@@ -13,39 +13,44 @@ namespace {
 constexpr ResidentShape kShape{128, 4, 4, 2, 0, 0};
 
 template <Arithmetic arithmetic, int tiles, CellKind cell>
-BackwardStart start_of(const LayerShape& layer) {
+Kernels with(const LayerShape& layer) {
   CudaPlan plan{};
   plan.possible = true, plan.arithmetic = arithmetic, plan.resident = kShape;
   const unsigned parts = unsigned(tiles_of(layer, 8 * tiles) * layer.D);
-  return [=](const RecurrenceBackward& p) {
-    using F = resident::BackwardConfig<arithmetic, kShape, tiles, 1, cell>;
-    return with_packed(p, plan, 0, [&](const PackedWeights& weights, void*) {
-      return resident::start_backward<F, resident::ClusterReduce>(
-          "small_variant_cluster", resident::backward_params(p, weights, nullptr), 0, parts, {});
-    });
-  };
+  using resident::ClusterExchange, resident::ClusterReduce;
+  using Forward = resident::ForwardConfig<arithmetic, kShape, tiles, 1, cell>;
+  using Backward = resident::BackwardConfig<arithmetic, kShape, tiles, 1, cell>;
+  return {[=](const RecurrenceForward& p) {
+            return with_packed(p, plan, 0, [&](const PackedWeights& weights, void*) {
+              return resident::start_forward<Forward, resident::Team<Forward, ClusterExchange>>(
+                  "small_variant_cluster", p, {weights, nullptr}, 0, parts, {});
+            });
+          },
+          [=](const RecurrenceBackward& p) {
+            return with_packed(p, plan, 0, [&](const PackedWeights& weights, void*) {
+              return resident::start_backward<Backward, ClusterReduce>(
+                  "small_variant_cluster", resident::backward_params(p, weights, nullptr), 0, parts,
+                  {});
+            });
+          },
+          true};
 }
 
-BackwardStart choose(Arithmetic arithmetic, const LayerShape& layer, const VariantCase& c) {
+std::optional<Kernels> kernels_of(Arithmetic arithmetic, const LayerShape& layer,
+                                  const VariantCase& c) {
   if (layer.H > kShape.hidden) return {};
-  return by_arithmetic(arithmetic, [&]<Arithmetic a>() -> BackwardStart {
+  return by_arithmetic(arithmetic, [&]<Arithmetic a>() -> std::optional<Kernels> {
     if constexpr (a == Arithmetic::float64) {
       return {};
     } else {
-      if (c.norm) return start_of<a, 1, CellKind::norm>(layer);
+      if (c.has(kNorm)) return with<a, 1, CellKind::norm>(layer);
       constexpr int most = std::min(2, most_tiles(a, kShape));
-      if (c.tiles == 2) return start_of<a, most, CellKind::options>(layer);
-      return start_of<a, 1, CellKind::options>(layer);
+      if (c.tiles == 2) return with<a, most, CellKind::options>(layer);
+      return with<a, 1, CellKind::options>(layer);
     }
   });
 }
 
 }  // namespace
 
-// Of the plain cell: not compiled here.
-namespace lstm_cuda {
-Status launch_step_forward(const StepForward&, const CudaPlan&, bool, Stream) { std::abort(); }
-Status launch_step_backward(const StepBackward&, const CudaPlan&, bool, Stream) { std::abort(); }
-}  // namespace lstm_cuda
-
-int main(int argc, char** argv) { return variant_cluster_main(argc, argv, choose); }
+int main(int argc, char** argv) { return variants_main(argc, argv, kernels_of); }

@@ -1,7 +1,8 @@
-// Compares what families other than rec_step make of other cells with what rec_step makes of them,
-// whose results the tests in Python know to be right; and runs them in another order of threads,
-// which must not change a bit.
-//   variant_families FAMILY ARITHMETIC ORDER SEED [CASE | FIRST/PARTS]
+// What families other than rec_step make of other cells, compared with what rec_step makes of them, whose
+// results the tests in Python know to be right; and again in another order of threads, which must not
+// change a bit.
+#pragma once
+
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
@@ -10,77 +11,9 @@
 #include "cuda/cell_norms.h"
 #include "cuda/rec_step.cuh"
 #include "recurrence_run.hpp"
+#include "variant_cases.hpp"
 
-using namespace lstm_cuda;
-using namespace lstm_cuda::test;
-
-namespace {
-
-// What a case has besides the options of its cell.
-enum : unsigned {
-  kPeephole = 1,
-  kNorm = 2,
-  kScale = 4,
-  kDrawn = 8,  // choices of zoneout; else their mean
-  kLengths = 16,
-  kReset = 32,
-  kStates = 64,
-  kGradients = 128,  // all that may come in, and go out
-  kWide = 256,       // c0 and its like
-};
-constexpr unsigned kUsual = kLengths | kReset | kStates | kGradients;
-
-struct VariantCase {
-  struct {
-    int64_t T, B, D, H;
-    uint64_t reversed;
-  } sizes;
-  unsigned with;
-  CellOptions cell;
-
-  bool has(unsigned what) const { return with & what; }
-};
-
-using enum Activation;
-
-const VariantCase kCases[] = {
-    {{4, 9, 2, 21, 2}, kUsual | kPeephole, {}},
-    {{4, 9, 2, 37, 1},
-     kUsual | kWide | kPeephole | kScale | kDrawn,
-     {.clip = 0.4, .zoneout_h = 0.3, .zoneout_c = 0.4}},
-    {{3, 3, 1, 5, 1}, kReset | kStates | kGradients, {.zoneout_h = 0.3, .zoneout_c = 0.2}},
-    {{3, 17, 1, 64, 0}, kLengths | kGradients | kPeephole, {.forget = Forget::coupled}},
-    {{3, 3, 2, 37, 2},
-     kReset | kStates | kScale,
-     {.forget = Forget::none, .candidate = softsign, .output = relu, .clip = 0.7}},
-    {{2, 9, 1, 100, 0},
-     kLengths | kStates | kGradients,
-     {.recurrent = hard_sigmoid_keras, .candidate = hard_tanh}},
-    {{2, 1, 1, 21, 1},
-     kStates | kGradients | kWide | kPeephole | kScale | kDrawn,
-     {.recurrent = hard_sigmoid_onnx, .output = identity, .zoneout_c = 0.5}},
-    {{3, 3, 1, 21, 0}, kStates | kGradients | kNorm, {}},
-    {{4, 9, 2, 37, 2},
-     kUsual | kWide | kNorm | kPeephole | kScale | kDrawn,
-     {.clip = 0.6, .zoneout_h = 0.3, .zoneout_c = 0.4}},
-    {{3, 17, 1, 64, 1},
-     kLengths | kReset | kGradients | kNorm | kPeephole,
-     {.forget = Forget::coupled, .zoneout_c = 0.3}},
-    {{3, 3, 2, 5, 1},
-     kLengths | kReset | kStates | kNorm | kScale | kDrawn,
-     {.output = softsign, .zoneout_h = 0.4}},
-    {{2, 9, 1, 100, 0}, kLengths | kStates | kGradients | kNorm, {.recurrent = hard_sigmoid_onnx}},
-    {{2, 1, 1, 128, 1},
-     kReset | kStates | kGradients | kNorm | kPeephole | kDrawn,
-     {.zoneout_h = 0.5}},
-    // As much as possible again, in a size that is there in float64.
-    {{4, 9, 2, 27, 1},
-     kUsual | kPeephole | kScale | kDrawn,
-     {.clip = 0.4, .zoneout_h = 0.3, .zoneout_c = 0.4}},
-    {{4, 9, 2, 27, 2},
-     kUsual | kNorm | kPeephole | kScale,
-     {.forget = Forget::coupled, .clip = 0.6, .zoneout_h = 0.3, .zoneout_c = 0.4}},
-};
+namespace lstm_cuda::test {
 
 // A result that is not there is empty.
 struct Result {
@@ -95,7 +28,7 @@ struct Result {
 using Results = std::vector<Result>;
 
 // What is wrong with results. Where nothing is expected, nothing may be written.
-std::string compare(const Results& expected, const Results& results, double bound) {
+inline std::string compare(const Results& expected, const Results& results, double bound) {
   std::string complaint;
   for (size_t n = 0; n < expected.size(); ++n) {
     double difference = 0, norm = 0;
@@ -115,7 +48,7 @@ std::string compare(const Results& expected, const Results& results, double boun
 }
 
 template <Arithmetic arithmetic>
-class FamilyRunner {
+class VariantRunner {
   using Element = typename Types<arithmetic>::Element;
   using Compute = typename Types<arithmetic>::Compute;
   using Elements = DeviceBuffer<Element>;
@@ -139,7 +72,7 @@ class FamilyRunner {
   };
 
  public:
-  FamilyRunner(const VariantCase& c, unsigned seed) : c_(c), random_(seed) {
+  VariantRunner(const VariantCase& c, unsigned seed) : c_(c), random_(seed) {
     shape_.dtype = dtype_of(arithmetic);
     const auto& [T, B, D, H, reversed] = c.sizes;
     shape_.T = T, shape_.B = B, shape_.D = D, shape_.H = shape_.P = H;
@@ -150,21 +83,21 @@ class FamilyRunner {
 
   // What went wrong, or nothing.
   std::string run(const Kernels& kernels, const std::string& order, const std::string& seed) {
+    const bool resident = kernels.resident;
     const int64_t T = shape_.T, B = shape_.B, D = shape_.D, H = shape_.H, rows = T * B * D;
     const auto wide = static_cast<size_t>(rows * 4 * H);
     set_order("forward", "0");
 
     std::vector<const void*> w_hh;
-    const Elements weights(elements(D * 4 * H * H, 2 / std::sqrt(double(H))));
+    w_hh_ = elements(D * 4 * H * H, 2 / std::sqrt(double(H)));
+    const Elements weights(w_hh_);
     for (int64_t d = 0; d < D; ++d) w_hh.push_back(weights.data() + d * 4 * H * H);
-    std::vector<int64_t> of_rows;
     for (int64_t b = 0; b < B; ++b)
-      of_rows.push_back(b == 0 ? T : b + 1 == B ? 0 : int64_t(random_() % uint64_t(T + 1)));
-    std::vector<uint8_t> boundaries;
-    for (int64_t k = 0; k < T * B; ++k) boundaries.push_back(random_() % 3 == 0);
-    const DeviceBuffer<int64_t> lengths(of_rows),
+      lengths_.push_back(b == 0 ? T : b + 1 == B ? 0 : int64_t(random_() % uint64_t(T + 1)));
+    for (int64_t k = 0; k < T * B; ++k) reset_.push_back(random_() % 3 == 0);
+    const DeviceBuffer<int64_t> lengths(lengths_),
         seeds(std::vector<int64_t>{0x123456789, 0x987654321});
-    const DeviceBuffer<uint8_t> reset(boundaries);
+    const DeviceBuffer<uint8_t> reset(reset_);
     const std::vector<Compute> h0_values = computes(D * B * H, 1), scales = computes(D * B * H, 2);
     std::vector<Compute> h0_scaled;
     for (size_t k = 0; k < h0_values.size(); ++k)
@@ -173,6 +106,9 @@ class FamilyRunner {
     const CellState c0(c_.has(kWide), computes(D * B * H, 1));
     const Computes w_p(computes(D * 3 * H, 1)), gains(computes(D * 6 * H, 1)), scale(scales);
     const std::vector<Element> x = elements(rows * 4 * H, 1);
+    const Values product = initial_product(narrowed(c_.has(kScale) ? h0_scaled : h0_values));
+    const Elements x_alone(x), x_with_h0(with_initial_product(x, product)),
+        h0_product(narrowed({product.begin(), product.end()}));
     const Computes gates_x(computes(rows * 4 * H, 1));
 
     Variant variant{};
@@ -196,9 +132,10 @@ class FamilyRunner {
     if (c_.has(kReset)) f.reset = reset.data();
     f.save = true, f.wide_c = c_.has(kWide);
     f.variant = &variant;
-    const auto forward = [&](const auto& start, const Elements& saved, const Computes& c,
-                             const Computes& of_h, const Computes& of_row, Results& results) {
-      const Elements y(size_t(rows * H)), h_n(size_t(D * B * H)), inputs(x);
+    const auto forward = [&](const auto& start, const Elements& given, const Elements& saved,
+                             const Computes& c, const Computes& of_h, const Computes& of_row,
+                             Results& results) {
+      const Elements y(size_t(rows * H)), h_n(size_t(D * B * H)), inputs(given.values());
       const CellState c_n(c_.has(kWide), size_t(D * B * H));
       f.gates = c_.has(kNorm) ? saved.data() : inputs.data();
       f.gates_x = c_.has(kNorm) ? gates_x.data() : nullptr;
@@ -213,27 +150,28 @@ class FamilyRunner {
     };
     Results expected, usual, other;
     Status status = forward([&](const RecurrenceForward& p) { return step(p, rec_step_forward); },
-                            gates, cells, normed, rstd, expected);
+                            x_alone, gates, cells, normed, rstd, expected);
     if (!status.ok()) return status.message;
     std::string complaint;
     if (kernels.forward) {
       const Computes own_normed(wide), own_rstd(size_t{c_.has(kNorm)} * size_t(rows));
       const Elements own_gates(wide);
       const Computes own_cells(size_t(rows * H));
-      status = forward(kernels.forward, own_gates, own_cells, own_normed, own_rstd, usual);
+      const Elements& given = resident && c_.has(kStates) ? x_with_h0 : x_alone;
+      if (resident && f.h0 && c_.has(kNorm)) f.h0_product = h0_product.data();
+      status = forward(kernels.forward, given, own_gates, own_cells, own_normed, own_rstd, usual);
       if (!status.ok()) return status.message;
       complaint += compare(expected, usual, bound_of(arithmetic));
       set_order(order, seed);
-      status = forward(kernels.forward, own_gates, own_cells, own_normed, own_rstd, other);
+      status = forward(kernels.forward, given, own_gates, own_cells, own_normed, own_rstd, other);
       set_order("forward", "0");
       if (!status.ok()) return status.message;
       if (usual != other) complaint += "the order of threads changes the forward pass; ";
     }
 
-    if (!kernels.backward) return complaint;
-
     // Backward.
-    const Elements dy(elements(rows * H, 1)), dh_n(elements(D * B * H, 1));
+    const std::vector<Element> of_h_n = elements(D * B * H, 1);
+    const Elements dy(elements(rows * H, 1)), dh_n(of_h_n);
     const CellState dc_n(c_.has(kWide), computes(D * B * H, 1));
     const Computes dc(computes(rows * H, 1)), c_norms(size_t(2 * rows));
     const std::vector<Compute> earlier = computes(D * B * 9 * H, 0.01);  // what is added to
@@ -251,24 +189,32 @@ class FamilyRunner {
     if (c_.has(kGradients)) b.dh_n = dh_n.data(), b.dc_n = dc_n.data(), b.dc = dc.data();
     b.variant = &variant;
     b.c_norms = c_.has(kNorm) ? c_norms.data() : nullptr;
-    const auto backward = [&](const auto& start, Results& results) {
-      const Elements dgates(wide), dh0(c_.has(kStates) ? size_t(D * B * H) : 0);
-      const CellState dc0(c_.has(kWide), c_.has(kStates) ? size_t(D * B * H) : 0);
-      const Computes dgates_x(c_.has(kGradients) ? wide : 0), dmore(earlier);
+    const auto backward = [&](const auto& start, bool finds_dh0, Results& results) {
+      const auto states = c_.has(kStates) ? size_t(D * B * H) : 0;
+      const Elements dgates(wide), dh0(states);
+      const CellState dc0(c_.has(kWide), states);
+      const Computes dgates_x(c_.has(kGradients) ? wide : 0), dmore(earlier), kept(states);
       b.dgates = dgates.data();
-      if (c_.has(kStates)) b.dh0 = dh0.data(), b.dc0 = dc0.data();
+      b.dh0 = c_.has(kStates) && finds_dh0 ? dh0.data() : nullptr;
+      b.dc0 = c_.has(kStates) ? dc0.data() : nullptr;
+      b.dh_kept = c_.has(kStates) && !finds_dh0 ? kept.data() : nullptr;
       b.dgates_x = c_.has(kGradients) ? dgates_x.data() : nullptr;
       variant.dmore = c_.has(kGradients) ? dmore.data() : nullptr;
       const Status status = start(b);
       results = {result("dgates", dgates), result("dgates_x", dgates_x), result("dh0", dh0),
                  result("dc0", dc0), result("dmore", dmore)};
+      if (c_.has(kStates) && !finds_dh0)
+        results[2].values = dh0_of(results[0].values, result("", kept).values, scales, of_h_n);
+      if (c_.has(kNorm)) before_rstd(results[0].values, result("", rstd).values);
+      for (size_t k = 0; k < results[4].values.size(); ++k)
+        results[4].values[k] -= double(earlier[k]);
       return status;
     };
-    status =
-        backward([&](const RecurrenceBackward& p) { return step(p, rec_step_backward); }, expected);
-    if (status.ok()) status = backward(kernels.backward, usual);
+    status = backward([&](const RecurrenceBackward& p) { return step(p, rec_step_backward); }, true,
+                      expected);
+    if (status.ok()) status = backward(kernels.backward, !resident, usual);
     set_order(order, seed);
-    if (status.ok()) status = backward(kernels.backward, other);
+    if (status.ok()) status = backward(kernels.backward, !resident, other);
     if (!status.ok()) return status.message;
     complaint += compare(expected, usual, bound_of(arithmetic));
     if (usual != other) complaint += "the order of threads changes the backward pass; ";
@@ -276,6 +222,74 @@ class FamilyRunner {
   }
 
  private:
+  Schedule schedule(int64_t d) const {
+    return schedule_of(shape_, d, c_.has(kLengths) ? lengths_.data() : nullptr,
+                       c_.has(kReset) ? reset_.data() : nullptr);
+  }
+  double weight(int64_t d, int64_t row, int64_t k) const {
+    return double(to_compute(w_hh_[size_t((d * 4 * shape_.H + row) * shape_.H + k)]));
+  }
+  // Calls visit(d, b, t) for each row's first step, unless no state crosses into it.
+  template <class Visit>
+  void each_first_step(Visit visit) const {
+    for (int64_t d = 0; d < shape_.D; ++d)
+      for (int64_t b = 0; b < shape_.B; ++b) {
+        const Schedule of = schedule(d);
+        if (of.length(b) > 0 && !of.fresh(of.first(b), b)) visit(d, b, of.first(b));
+      }
+  }
+
+  // What families with resident weights leave to others: w_hh h0 [D, B, 4H], and
+  Values initial_product(const std::vector<Element>& h0) const {
+    const int64_t B = shape_.B, H = shape_.H;
+    Values product(size_t(shape_.D * B * 4 * H), 0);
+    for (size_t n = 0; n < product.size(); ++n) {
+      const int64_t row = int64_t(n) % (4 * H), of_state = int64_t(n) / (4 * H);
+      for (int64_t k = 0; k < H; ++k)
+        product[n] +=
+            weight(of_state / B, row, k) * double(to_compute(h0[size_t(of_state * H + k)]));
+    }
+    return product;
+  }
+  // that in gates_x of first steps;
+  std::vector<Element> with_initial_product(std::vector<Element> x, const Values& product) const {
+    const int64_t B = shape_.B, D = shape_.D, G = 4 * shape_.H;
+    each_first_step([&](int64_t d, int64_t b, int64_t t) {
+      for (int64_t row = 0; row < G; ++row) {
+        Element& to = x[size_t(((t * B + b) * D + d) * G + row)];
+        to = narrow<Element>(double(to_compute(to)) + product[size_t((d * B + b) * G + row)]);
+      }
+    });
+    return x;
+  }
+  // dh0 from dgates of these, and what zoneout kept for it.
+  Values dh0_of(const Values& dgates, const Values& kept, const std::vector<Compute>& scales,
+                const std::vector<Element>& dh_n) const {
+    const int64_t B = shape_.B, D = shape_.D, H = shape_.H;
+    Values dh0(kept.size(), 0);
+    for (size_t k = 0; k < dh0.size(); ++k)
+      if (c_.has(kGradients) && schedule(0).length(int64_t(k) / H % B) == 0)
+        dh0[k] = double(to_compute(dh_n[k]));
+    each_first_step([&](int64_t d, int64_t b, int64_t t) {
+      for (int64_t j = 0; j < H; ++j) {
+        const auto at = size_t((d * B + b) * H + j);
+        for (int64_t row = 0; row < 4 * H; ++row)
+          dh0[at] += dgates[size_t(((t * B + b) * D + d) * 4 * H + row)] * weight(d, row, j);
+        dh0[at] = dh0[at] * (c_.has(kScale) ? double(scales[at]) : 1) + kept[at];
+      }
+    });
+    return dh0;
+  }
+
+  // Where no h came in, rstd is so large that next to these rows others would not be seen.
+  void before_rstd(Values& dgates, const Values& rstd) const {
+    for (size_t k = 0; k < dgates.size(); ++k) {
+      const auto row = int64_t(k) / (4 * shape_.H);
+      if (schedule(0).active(row / shape_.D / shape_.B, row / shape_.D % shape_.B))
+        dgates[k] /= rstd[size_t(row)];
+    }
+  }
+
   template <class Params, class Start>
   Status step(const Params& p, Start start) const {
     constexpr bool backward = std::is_same_v<Params, RecurrenceBackward>;
@@ -314,47 +328,27 @@ class FamilyRunner {
   VariantCase c_;
   LayerShape shape_{};
   std::mt19937 random_;
+  std::vector<Element> w_hh_;
+  std::vector<int64_t> lengths_;
+  std::vector<uint8_t> reset_;
 };
 
-// ---- families: their kernels for a recurrence, or none. Passes that are null are left out ----
+// A family's kernels for a case, or none.
+using FamilyKernels = std::optional<Kernels> (*)(Arithmetic, const LayerShape&, const VariantCase&);
 
-using FamilyKernels = std::optional<Kernels> (*)(Arithmetic, const LayerShape&);
-
-std::optional<Kernels> cta_kernels(Arithmetic arithmetic, const LayerShape& shape) {
-  const CudaPlan plan = plan_cuda(
-      shape, {arithmetic == Arithmetic::tf32, true, int(Family::rec_cta), 0}, {90, 132, 232448});
-  if (!plan.possible) return {};
-  return Kernels{nullptr,
-                 [=](const RecurrenceBackward& p) { return variant_cta_backward(p, plan, {}); },
-                 false};
-}
-
-FamilyKernels family_of(const std::string& name) {
-  if (name == "rec_cta") return cta_kernels;
-  return nullptr;
-}
-
-}  // namespace
-
-// Of the plain cell, which recurrence.cpp runs: not compiled here.
-namespace lstm_cuda {
-Status launch_step_forward(const StepForward&, const CudaPlan&, bool, Stream) { std::abort(); }
-Status launch_step_backward(const StepBackward&, const CudaPlan&, bool, Stream) { std::abort(); }
-}  // namespace lstm_cuda
-
-int main(int argc, char** argv) {
-  const FamilyKernels family = argc < 5 ? nullptr : family_of(argv[1]);
-  const std::optional<Arithmetic> arithmetic = argc < 5 ? std::nullopt : arithmetic_of(argv[2]);
-  if (!family || !arithmetic) return 2;
-  const Selection selection(argc > 5 ? argv[5] : "");
+// A program's main, whose arguments are ARITHMETIC ORDER SEED [CASE | FIRST/PARTS].
+inline int variants_main(int argc, char** argv, FamilyKernels family) {
+  const std::optional<Arithmetic> arithmetic = argc < 4 ? std::nullopt : arithmetic_of(argv[1]);
+  if (!arithmetic) return 2;
+  const Selection selection(argc > 4 ? argv[4] : "");
   int failed = 0, number = 0;
-  for (const VariantCase& c : kCases) {
+  for (const VariantCase& c : kVariantCases) {
     const int current = number++;
     if (!selection.has(current, true)) continue;
     const std::string complaint = by_arithmetic(*arithmetic, [&]<Arithmetic a>() -> std::string {
-      FamilyRunner<a> runner(c, unsigned(current + 1));
-      const std::optional<Kernels> kernels = family(a, runner.shape());
-      return kernels ? runner.run(*kernels, argv[3], argv[4]) : "";
+      VariantRunner<a> runner(c, unsigned(current + 1));
+      const std::optional<Kernels> kernels = family(a, runner.shape(), c);
+      return kernels ? runner.run(*kernels, argv[2], argv[3]) : "";
     });
     if (complaint.empty()) continue;
     ++failed;
@@ -362,3 +356,11 @@ int main(int argc, char** argv) {
   }
   return failed != 0;
 }
+
+}  // namespace lstm_cuda::test
+
+// Of the plain cell, which other programs run: not compiled here.
+namespace lstm_cuda {
+Status launch_step_forward(const StepForward&, const CudaPlan&, bool, Stream) { std::abort(); }
+Status launch_step_backward(const StepBackward&, const CudaPlan&, bool, Stream) { std::abort(); }
+}  // namespace lstm_cuda
