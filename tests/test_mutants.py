@@ -6,11 +6,11 @@ a test is missing, or that what it took away was not needed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -43,7 +43,7 @@ KERNELS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Mutant:
     name: str  # what is wrong with it
     file: str
@@ -53,6 +53,7 @@ class Mutant:
     driver: str = "tests/emulation/test_micro.cpp"  # a program that fails when something is noticed
     arguments: tuple[str, ...] = ()
     count: int = 1  # how often `old` occurs
+    arithmetic: str | None = None  # of all kernels that the driver then starts; None: any
 
 
 def of_family(
@@ -62,13 +63,18 @@ def of_family(
     """A mutant of one kernel family, in csrc/cuda."""
     arguments = (family, arithmetic, "forward", "0")
     path = f"csrc/cuda/{file}"
-    return Mutant(f"{family}_{name}", path, old, new, variant, RECURRENCE, arguments, count)
+    return Mutant(
+        f"{family}_{name}", path, old, new, variant, RECURRENCE, arguments, count, arithmetic
+    )
 
 
 def of_variants(name: str, file: str, old: str, new: str, variant: str, case: int) -> Mutant:
     """A mutant of rec_step for other cells, which one case of variants.cpp notices."""
-    arguments = ("float32", "reverse", "0", str(case))
-    return Mutant(f"variant_{name}", f"csrc/cuda/{file}", old, new, variant, VARIANTS, arguments)
+    arithmetic, path = "float32", f"csrc/cuda/{file}"
+    arguments = (arithmetic, "reverse", "0", str(case))
+    return Mutant(
+        f"variant_{name}", path, old, new, variant, VARIANTS, arguments, arithmetic=arithmetic
+    )
 
 
 def of_variant_family(
@@ -94,7 +100,9 @@ def of_small(
     """A mutant of rec_cluster or rec_group, which one case of the small shapes notices."""
     arguments = (arithmetic, *order.split(), str(case))
     driver, path = SMALL[family], f"csrc/cuda/{file}"
-    return Mutant(f"rec_{family}_{name}", path, old, new, variant, driver, arguments, count)
+    return Mutant(
+        f"rec_{family}_{name}", path, old, new, variant, driver, arguments, count, arithmetic
+    )
 
 
 cluster = functools.partial(of_small, "cluster")
@@ -1074,10 +1082,14 @@ def noticed(mutant: Mutant) -> str | None:
     """What the mutant's driver said about it; None if it found nothing to complain about."""
     if reason := build.unavailable(mutant.variant):
         pytest.skip(reason)
-    root = build.mutate(mutant.name, mutant.file, mutant.old, mutant.new, mutant.count)
+    root = build.mutate(
+        mutant.name, mutant.file, mutant.old, mutant.new, mutant.count, mutant.arithmetic
+    )
     program = root / f"driver-{mutant.variant}"
-    build.compile(sources(root, mutant.driver), mutant.variant, program, root=root)
+    files = sources(root, mutant.driver)
+    build.compile(files, mutant.variant, program, root=root, changed=mutant.file)
     done = build.run(program, *mutant.arguments, variant=mutant.variant)
+    assert done.returncode != build.OTHER_ARITHMETIC, f"the driver asked for another: {mutant}"
     return done.stdout + done.stderr if done.returncode else None
 
 
@@ -1120,6 +1132,22 @@ def test_what_notices_them_passes_without(
     program: Program, verdicts: dict[object, Future[str | None]]
 ) -> None:
     assert verdicts[program].result() is None
+
+
+SAME = ("#pragma once", "#pragma once", "plain", "float32")
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [step("unbroken", "step_product.cuh", *SAME), cluster("unbroken", "resident.cuh", *SAME, BUSY)],
+    ids=lambda m: m.name,
+)
+def test_a_copy_that_is_not_broken_passes(copy: Mutant) -> None:
+    """So that a mutant is noticed for its mutation, not for how and for what it is compiled."""
+    assert noticed(copy) is None
+    others = tuple("tf32" if each == "float32" else each for each in copy.arguments)
+    with pytest.raises(AssertionError, match="asked for another"):
+        noticed(dataclasses.replace(copy, arguments=others))
 
 
 def test_a_mutation_that_no_longer_applies_is_an_error() -> None:

@@ -54,6 +54,9 @@ WRAPPED = {
     ]
 }
 
+BY_ARITHMETIC = "csrc/cuda/element.cuh"  # where a kernel's arithmetic is chosen
+OTHER_ARITHMETIC = 77  # an exit status
+
 _slots = threading.Semaphore(os.cpu_count() or 1)  # compilers at once
 _making: dict[Path, threading.Lock] = {}  # files that programs share are made once
 
@@ -163,12 +166,14 @@ def compile(
     defines: Sequence[str] = (),
     shared: bool = False,
     root: Path = ROOT,
+    changed: str = "",
     flags: Sequence[str] = (),
     libraries: Sequence[str] = (),
 ) -> Path:
     """Builds a program (or with `shared` a library) from sources and the emulation's runtime.
 
-    Only what changed is compiled again. `root`: a tree made by `mutate`, to take headers from.
+    Only what changed is compiled again. `root`: a tree made by `mutate`, from which comes all that
+    includes `changed`, the file that it mutated.
     The define LSTM_EMULATE_UCONTEXT makes the runtime switch as on processors other than x86-64.
     `flags` are for compiling what includes torch, which csrc/cuda does not: its objects are those
     of other programs. `libraries` are for the linker.
@@ -191,14 +196,11 @@ def compile(
     def mutated(source: Path) -> tuple[Path, str, list[str]]:
         """The job of a mutant's source, or the original's where the mutation does not reach."""
         original = job(ROOT, ROOT / source.relative_to(root))
-        seen = [Path(d) for d in _dependencies(_object(*original, FOLDER / "objects"))]
-        ours = [d.relative_to(ROOT) for d in seen if d.is_relative_to(ROOT)]
-        same = all((root / d).read_bytes() == (ROOT / d).read_bytes() for d in ours)
-        if same:
+        if str(ROOT / changed) not in _dependencies(_object(*original, FOLDER / "objects")):
             return original
         *broken, options = job(root, source)
         # What a mutation leaves unused is no matter. Compiling takes longer than running.
-        return *broken, [*options, "-w", "-O0"]
+        return *broken, [*options, "-w", "-O0", "-g0"]
 
     paths = [Path(s).resolve() for s in sources]
     if root == ROOT:
@@ -236,7 +238,7 @@ def run(
     options = {
         "ASAN_OPTIONS": "detect_stack_use_after_return=0:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-        "TSAN_OPTIONS": "history_size=4:exitcode=66:atexit_sleep_ms=0",
+        "TSAN_OPTIONS": "halt_on_error=1:history_size=4:exitcode=66:atexit_sleep_ms=0",
     }
     return subprocess.run(
         [*(found[1] if found else ()), program, *arguments],
@@ -247,29 +249,44 @@ def run(
     )
 
 
-def mutate(name: str, file: str, old: str, new: str, count: int = 1) -> Path:
+def _replaced(file: str, old: str, new: str, count: int = 1) -> str:
+    """The text of a file in which `old`, which must occur exactly `count` times, is `new`."""
+    text = (ROOT / file).read_text()
+    if text.count(old) != count:
+        raise ValueError(f"{file} has {text.count(old)} of {old!r}, not {count}")
+    return text.replace(old, new)
+
+
+def mutate(
+    name: str, file: str, old: str, new: str, count: int = 1, arithmetic: str | None = None
+) -> Path:
     """A copy of the kernels and of the emulation's tests in which `old` is `new` in one file.
 
     Args:
         name: of the copy, a folder's name.
         file: relative to the root, under csrc/ or tests/emulation/.
         old: must occur exactly `count` times; all are replaced.
+        arithmetic: the only one that the copy has kernels for, which takes a quarter of the time
+            to compile; a program that is asked for another exits with OTHER_ARITHMETIC.
 
     Returns:
-        The copy's root, for `compile(..., root=...)`.
+        The copy's root, for `compile(..., root=..., changed=file)`.
     """
-    text = (ROOT / file).read_text()
-    if text.count(old) != count:
-        raise ValueError(f"mutant {name}: {file} has {text.count(old)} of {old!r}, not {count}")
+    changed = {}
+    if arithmetic:
+        kind = f"Arithmetic::{arithmetic}"
+        only = f"""if (arithmetic != {kind}) ::_Exit({OTHER_ARITHMETIC});
+  if constexpr (true) return start.template operator()<{kind}>();
+  else switch (arithmetic) {{"""
+        changed[BY_ARITHMETIC] = _replaced(BY_ARITHMETIC, "switch (arithmetic) {", only)
+    changed[file] = _replaced(file, old, new, count)
     target = FOLDER / "mutants" / name
     copies = [p for folder in ("csrc", "tests/emulation") for p in (ROOT / folder).rglob("*")]
     for path in copies:
         if not path.is_file() or path.suffix not in (".h", ".hpp", ".cuh", ".cu", ".cpp"):
             continue
         relative = path.relative_to(ROOT)
-        content = path.read_text()
-        if relative == Path(file):
-            content = content.replace(old, new)
+        content = changed.get(relative.as_posix()) or path.read_text()
         copy = target / relative
         # An unchanged file keeps its time, and with it its objects.
         if not copy.exists() or copy.read_text() != content:
