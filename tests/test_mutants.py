@@ -84,7 +84,7 @@ def of_variant_family(
     driver = {"cta": VARIANT_CTA, "cluster": SMALL_VARIANT_CLUSTER}[family]
     arguments = (arithmetic, "random", "1", str(case))
     name, path = f"variant_{family}_{name}", f"csrc/cuda/{file}"
-    return Mutant(name, path, old, new, variant, driver, arguments)
+    return Mutant(name, path, old, new, variant, driver, arguments, arithmetic=arithmetic)
 
 
 cta = functools.partial(of_family, "rec_cta")
