@@ -339,7 +339,7 @@ MUTANTS = [
     ),
     step(
         "gradient_over_a_reset",
-        "rec_step.cuh",
+        "step_cells.cuh",
         "!schedule.fresh(schedule.time(p.step + 1), b)",
         "true",
         "plain",
@@ -347,7 +347,7 @@ MUTANTS = [
     ),
     step(
         "state_over_a_reset",
-        "rec_step.cuh",
+        "step_cells.cuh",
         "fresh ? Compute(0) : *c_state",
         "*c_state",
         "plain",
