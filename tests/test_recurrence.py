@@ -89,7 +89,9 @@ OF_OTHER_CELLS = pytest.mark.parametrize(
 def test_other_cells_in_every_order(arithmetic: str, variant: str) -> None:
     if reason := build.unavailable(variant):
         pytest.skip(reason)
-    assert_right(VARIANTS, variant, RUNS[variant], arithmetic)
+    # The program runs each case oldest thread first, and only then in the order that it is given.
+    orders = [order for order in RUNS[variant] if order != ("forward", "0")]
+    assert_right(VARIANTS, variant, orders, arithmetic)
 
 
 @OF_OTHER_CELLS
