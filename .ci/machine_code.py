@@ -186,13 +186,13 @@ class StepKernel:
         """STAS in the code of a warp's step."""
         if self.family != "Cluster":
             return 0
+        totals = 2 * self.blocks // 4 if self.norm else 0  # of c, and of products
         if self.backward:
             rows, columns = self._rolled()
-            totals = 2 * self.blocks // 4 if self.norm else 0  # of c, and of products
             return self.turns * rows * columns + totals
         pairs = self._octets * self.tiles
         owned = pairs // min(pairs, self.split)
-        return self.turns * owned * (2 if self.exact else 1) * self.blocks // 4
+        return self.turns * owned * (2 if self.exact else 1) * self.blocks // 4 + totals
 
 
 def step_faults(mangled: str, code: Sequence[Instruction]) -> Iterator[str]:

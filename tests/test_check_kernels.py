@@ -227,8 +227,9 @@ def test_products_and_sends_of_a_step(
 
 # None: a template without kinds; else enum class CellKind.
 @pytest.mark.parametrize(("cell", "sends"), [(None, 4), (0, 4), (1, 4), (2, 12)])
-def test_totals_of_rows_are_sent(cell: int | None, sends: int) -> None:
-    name = mangled("Backward", 4, (512, 16, 8, 2), 1, 1, "Cluster", cell)
+@pytest.mark.parametrize("direction", ["Forward", "Backward"])
+def test_totals_of_rows_are_sent(direction: str, cell: int | None, sends: int) -> None:
+    name = mangled(direction, 4, (512, 16, 8, 2, 0, 0), 1, 1, "Cluster", cell)
     kernel = machine_code.StepKernel.of(name)
     assert kernel is not None
     assert (kernel.family, kernel.norm) == ("Cluster", cell == 2)
