@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from emulation import build
-from test_mutants import (
+from emulation.drivers import (
     RECURRENCE,
     RESIDENT,
     SMALL,
