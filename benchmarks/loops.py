@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lstm_cuda import FusedLSTM
+from lstm_cuda.reference import ACTIVATIONS
 
 State = tuple[Tensor, Tensor]
 
@@ -39,6 +40,8 @@ class CellLoop(nn.Module):
         self.cell = fused.cell
         self.peephole = bool(fused._peephole_names)
         self.layer_norm = bool(fused._layer_norm_names)
+        masks = {"recurrent_dropout", "zoneout", "weight_dropout"}
+        self.usual = not (self.peephole or self.layer_norm or set(self.cell.options) - masks)
 
     def forward(self, x: Tensor) -> tuple[Tensor, State]:
         h = c = x.new_zeros(x.shape[1], self.hidden_size)
@@ -51,18 +54,27 @@ class CellLoop(nn.Module):
         outputs = []
         for frame in x:
             seen = h if mask is None else h * mask
-            if self.peephole or self.layer_norm or cell.coupled or cell.cell_clip:
-                new_h, new_c = self.step(frame, seen, c, w_hh)
-            else:
+            if self.usual:
                 new_h, new_c = torch._VF.lstm_cell(
                     frame, (seen, c), self.weight_ih_l0, w_hh, self.bias_ih_l0, self.bias_hh_l0
                 )
+            else:
+                new_h, new_c = self.step(frame, seen, c, w_hh)
             h, c = (self.mixed(k, *pair) for k, pair in enumerate(((h, new_h), (c, new_c))))
             outputs.append(h)
         return torch.stack(outputs), (h[None], c[None])
 
     def step(self, x: Tensor, h: Tensor, c: Tensor, w_hh: Tensor) -> State:
         """A cell written out."""
+        cell = self.cell
+        recurrent, candidate, output = (
+            ACTIVATIONS[name]
+            for name in (
+                cell.recurrent_activation,
+                cell.activation,
+                cell.output_activation or cell.activation,
+            )
+        )
         if self.layer_norm:
             of_x = F.layer_norm(
                 F.linear(x, self.weight_ih_l0), w_hh.shape[:1], self.weight_ln_ih_l0
@@ -74,17 +86,17 @@ class CellLoop(nn.Module):
         i, f, g, o = z.chunk(4, 1)
         if self.peephole:
             i, f = i + c * self.weight_ci_l0, f + c * self.weight_cf_l0
-        i = torch.sigmoid(i)
-        f = 1 - i if self.cell.coupled else torch.sigmoid(f)
-        c = f * c + i * torch.tanh(g)
-        if self.cell.cell_clip:
-            c = c.clamp(-self.cell.cell_clip, self.cell.cell_clip)
+        i = recurrent(i)
+        f = 1 - i if cell.coupled else recurrent(f)
+        c = f * c + i * candidate(g)
+        if cell.cell_clip:
+            c = c.clamp(-cell.cell_clip, cell.cell_clip)
         if self.peephole:
             o = o + c * self.weight_co_l0
         shown = c
         if self.layer_norm:
             shown = F.layer_norm(c, c.shape[1:], self.weight_ln_c_l0, self.bias_ln_c_l0)
-        return torch.sigmoid(o) * torch.tanh(shown), c
+        return recurrent(o) * output(shown), c
 
     def mixed(self, which: int, old: Tensor, new: Tensor) -> Tensor:
         """Zoneout of h (0) or c (1)."""

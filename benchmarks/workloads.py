@@ -240,6 +240,8 @@ def _options() -> list[Workload]:
         {"peephole": True},
         {"coupled": True},
         {"cell_clip": 0.5},
+        {"activation": "softsign"},
+        {"recurrent_activation": "hard_sigmoid_onnx"},
         {"recurrent_dropout": 0.25},
         {"zoneout": 0.1},
         {"weight_dropout": 0.5},
