@@ -146,8 +146,8 @@ class VariantForward {
     const Cell<Compute>& cell = result.cells[j];
     const UnitOfStep unit = unit_of(at, j);
     const Compute m = cell.o * activate<Math>(v_.cell.output, shown);
-    result.c[j] = zoned_out(v_, Choice::c, unit, c_before, cell.c);
     result.h[j] = zoned_out(v_, Choice::h, unit, h_before, m);
+    result.c[j] = zoned_out(v_, Choice::c, unit, c_before, cell.c);
   }
 
   // Where the state comes from outside, its product does, too; where none crosses, there is none.
